@@ -1,0 +1,158 @@
+"""The plugin contract: what a backend must offer, in terms of numpy arrays and plain values.
+
+A backend is found through the entry-point group ``appliance.backends``. The daemon imports the plugin's module only in a
+worker process, and the plugin imports its vendor runtime only inside `Backend.load` or `Backend.probe`. A plugin knows
+nothing of asyncio, sockets or batches of requests: it is handed arrays whose first dimension is the batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, runtime_checkable
+
+from appliance.inventory import Device, Inventory
+from appliance.types import TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ENTRY_POINT_GROUP: Final = "appliance.backends"
+
+#: Raised in majors when a plugin written for the older contract can no longer work.
+CONTRACT_VERSION: Final = 1
+
+Scope = Literal["model", "device"]
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One verified file of a model.
+
+    Attributes:
+        path: Where it lies; a directory for formats of several files.
+        format: ``"onnx"``, ``"openvino-ir"`` or a plugin's own word.
+        precision: Precision of the weights as stored, such as ``"FP32"``.
+        sha256: Hex digest, or empty where the manifest gives none.
+    """
+
+    path: Path
+    format: str
+    precision: str = "FP32"
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run an artifact.
+
+    Attributes:
+        backend: Entry-point name of the backend.
+        device: Id of a device of the inventory, such as ``"cpu"``.
+        precision: Precision of the computation, such as ``"FP32"`` or ``"BF16"``.
+        options: The backend's own settings, such as ``{"threads": "2"}``; values are text so that they can be stored.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """A backend's answer to "can you work here". Not usable is a value, never an exception.
+
+    Attributes:
+        devices: Ids of the devices the backend can use; empty where it can use none.
+        runtime: Name and version of the vendor runtime, such as ``"onnxruntime 1.31.1"``.
+        reason: Why no device is usable, with the fix where there is one; empty when usable.
+    """
+
+    devices: tuple[str, ...]
+    runtime: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """Proof of placement: what a session really runs on, as the runtime itself reports it.
+
+    Attributes:
+        device: Device id that executes the model.
+        provider: The runtime's own name of the executor, such as ``"CPUExecutionProvider"``.
+        precision: Precision the computation runs in.
+        detail: Anything worth showing a person, such as thread and stream counts.
+    """
+
+    device: str
+    provider: str
+    precision: str
+    detail: str = ""
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A loaded variant: tensors in, tensors out.
+
+    `run` is called from one thread at a time. Input arrays are C-contiguous, writable views on shared memory that are valid
+    during the call only. BF16 travels as ``uint16`` arrays holding the upper halves of FP32; BYTES as ``object`` arrays of
+    ``bytes``; every other datatype as its numpy namesake.
+    """
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """Inputs in the artifact's order, full shapes, -1 for a dynamic dimension."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """Outputs in the artifact's order, full shapes, -1 for a dynamic dimension."""
+        ...
+
+    def run(self, inputs: "Mapping[str, NDArray[Any]]", outputs: Sequence[str]) -> "Mapping[str, NDArray[Any]]":
+        """Compute one batch.
+
+        Args:
+            inputs: Every input by name.
+            outputs: Names of the outputs wanted, never empty.
+
+        Returns:
+            At least the wanted outputs by name. The arrays may be reused by the next call.
+
+        Raises:
+            Exception: Anything; the whole batch fails with `BackendError` carrying the message.
+        """
+        ...
+
+    def executed_on(self) -> Execution:
+        """What the session runs on; asked after at least one `run`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the session holds. Called at most once."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A runtime that can load artifacts. Constructed without arguments, in a worker process."""
+
+    name: ClassVar[str]
+    formats: ClassVar[frozenset[str]]
+    scope: ClassVar[Scope]
+
+    def probe(self, inventory: Inventory) -> Support:
+        """Say which devices of `inventory` this backend can use. May import the vendor runtime."""
+        ...
+
+    def candidates(self, artifact: Artifact, device: Device) -> Sequence[Variant]:
+        """Ways to run `artifact` on `device`, the one to try first at the front. Pure: imports no vendor runtime."""
+        ...
+
+    def load(self, artifact: Artifact, variant: Variant) -> Session:
+        """Load `artifact` as `variant`.
+
+        Raises:
+            Exception: Anything; the load fails with `BackendError` carrying the message.
+        """
+        ...

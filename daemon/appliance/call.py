@@ -1,0 +1,198 @@
+"""A request on its way: the validated plan it follows and the call that carries its tensors.
+
+A plan is what validation leaves of a request's head (names, datatypes, shapes, outputs wanted): it depends on nothing
+else, so a transport may keep it and reuse it for as long as `Plan.instance` accepts calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from appliance.errors import ApplianceError
+from appliance.region import Region
+from appliance.types import Buffer, Tensor, Timings
+from appliance.wire.worker import TensorLayout
+
+if TYPE_CHECKING:
+    from appliance.instance import Instance
+
+
+class PlannedTensor(NamedTuple):
+    """One input of a plan.
+
+    Attributes:
+        place: Place in the worker's input table.
+        datatype: Open Inference Protocol datatype.
+        row_shape: Shape without the batch dimension; the full shape for a model without one.
+        byte_length: Bytes the tensor must have; -1 for BYTES.
+        elements: How many elements it holds.
+    """
+
+    place: int
+    datatype: str
+    row_shape: tuple[int, ...]
+    byte_length: int
+    elements: int
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """A validated request head.
+
+    Attributes:
+        instance: Who runs it.
+        rows: Rows of the batch dimension; 1 for a model without one.
+        tensors: The inputs, in the client's order.
+        outputs: Places in the worker's output table, in the order wanted.
+        wanted: The same as the RUN frame's bit mask.
+        signature: Calls of equal signatures may share a batch.
+        byte_length: Bytes of all fixed-size inputs.
+        has_bytes: True where an input is of datatype BYTES, whose content must be walked.
+        is_text: True where a text input is to be tokenised before the call can be queued.
+        heads: Whatever a transport keeps per output table, such as encoded response heads.
+    """
+
+    instance: "Instance"
+    rows: int
+    tensors: tuple[PlannedTensor, ...]
+    outputs: tuple[int, ...]
+    wanted: int
+    signature: tuple[object, ...]
+    byte_length: int
+    has_bytes: bool
+    is_text: bool = False
+    heads: "dict[tuple[object, ...], bytes]" = field(default_factory=dict)
+
+
+class OutputTable(NamedTuple):
+    """Where a batch's outputs lie: what a DONE frame's layout says, ready for slicing.
+
+    Attributes:
+        signature: Equal for batches whose rows look alike, whatever their number.
+        tensors: By place in the worker's output table.
+        names: By place in the worker's output table.
+        is_batched: True where the first dimension counts rows.
+    """
+
+    signature: tuple[object, ...]
+    tensors: dict[int, TensorLayout]
+    names: Sequence[str]
+    is_batched: bool
+
+    def view(self, index: int, memory: memoryview, row: int, rows: int) -> tuple[tuple[int, ...], memoryview]:
+        """Shape and bytes of rows ``row`` to ``row + rows`` of one output; the bytes are valid until the slot is reused."""
+        _, datatype, shape, _, offset, byte_length = self.tensors[index]
+        if datatype == "BYTES":
+            total = shape[0] if self.is_batched else 1
+            table = memory[offset : offset + 8 * (total + 1)].cast("Q")
+            start = offset + 8 * (total + 1)
+            content = memory[start + table[row] : start + table[row + rows]]
+        elif self.is_batched:
+            row_bytes = byte_length // shape[0]
+            content = memory[offset + row * row_bytes : offset + (row + rows) * row_bytes]
+        else:
+            content = memory[offset : offset + byte_length]
+        return ((rows, *shape[1:]) if self.is_batched else shape), content
+
+    def tensor(self, index: int, memory: memoryview, row: int, rows: int) -> Tensor:
+        """One output that owns its bytes."""
+        shape, content = self.view(index, memory, row, rows)
+        return Tensor(self.names[index], self.tensors[index].datatype, shape, bytes(content))
+
+
+class Sink(Protocol):
+    """Where answers go. All three are called on the event loop and must not block or raise."""
+
+    def deliver(self, call: "Call", table: OutputTable, memory: memoryview, row: int, timings: Timings) -> None:
+        """Take the answer; `memory` is valid until the next `flush` returns."""
+        ...
+
+    def fail(self, call: "Call", error: ApplianceError) -> None:
+        """Take the failure; may be called while `deliver` calls of the same batch are unflushed."""
+        ...
+
+    def flush(self) -> None:
+        """Called once after the deliveries of a batch."""
+        ...
+
+
+class CallState(IntEnum):
+    """Where a call stands."""
+
+    NEW = 0
+    QUEUED = 1
+    RUNNING = 2
+    FINISHED = 3
+
+
+class RegionView(NamedTuple):
+    """Where a tensor's bytes lie in a client's region, so that the worker can use them in place."""
+
+    region: Region
+    offset: int
+
+
+class Call:
+    """One request between admission and answer. Owned by the instance's event loop.
+
+    Attributes:
+        plan: What to run.
+        contents: Bytes of each planned tensor; dropped once copied into a slab.
+        region_views: For each tensor the region its bytes lie in, or None; empty where no tensor has one.
+        sink: Who gets the answer.
+        id: The sink's own number.
+        deadline_ns: CLOCK_MONOTONIC nanoseconds; 0 for none.
+        admitted_ns: When it was admitted.
+        queue_ns: Time it waited; set when a batch takes it.
+        tokenise_ns: Time its texts took; 0 without text.
+        nbytes: Bytes it holds in the queue.
+        is_alone: True where it must not share a batch.
+        has_run_alone: True once a failed batch made it run by itself.
+    """
+
+    __slots__ = (
+        "admitted_ns",
+        "contents",
+        "deadline_ns",
+        "has_run_alone",
+        "id",
+        "is_alone",
+        "nbytes",
+        "plan",
+        "queue_ns",
+        "region_views",
+        "sink",
+        "state",
+        "tokenise_ns",
+    )
+
+    def __init__(self, plan: Plan, contents: Sequence[Buffer], sink: Sink, id: int = 0, deadline_ns: int = 0) -> None:
+        self.plan = plan
+        self.contents = contents
+        self.region_views: Sequence[RegionView | None] = ()
+        self.sink = sink
+        self.id = id
+        self.deadline_ns = deadline_ns
+        self.admitted_ns = 0
+        self.queue_ns = 0
+        self.tokenise_ns = 0
+        self.nbytes = plan.byte_length
+        self.is_alone = False
+        self.has_run_alone = False
+        self.state = CallState.NEW
+
+    def use_regions(self, views: Sequence[RegionView | None]) -> None:
+        """Take the tensors' bytes from regions; `views` has one entry per tensor."""
+        self.region_views = views
+        for view in views:
+            if view is not None:
+                view.region.acquire()
+
+    def let_go(self) -> None:
+        """Drop the tensors: they are copied, or will not be needed."""
+        self.contents = ()
+        views, self.region_views = self.region_views, ()
+        for view in views:
+            if view is not None:
+                view.region.release_use()

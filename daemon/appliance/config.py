@@ -1,0 +1,225 @@
+"""The daemon's configuration: one TOML file, every key with a default, every problem reported at once.
+
+``config.toml`` in the repository equals the defaults, and a test says so.
+"""
+
+import ipaddress
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from appliance.errors import ConfigError
+from appliance.problems import describe_problems
+from appliance.types import Role
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RepositorySection(_Section):
+    """Where models are and which are loaded at start.
+
+    Attributes:
+        path: The model repository.
+        load: Names loaded at start; ``["*"]`` for every model there is.
+        strict: The daemon is not ready while a startup model has failed.
+    """
+
+    path: str = "models"
+    load: list[str] = ["*"]
+    strict: bool = False
+
+
+class ListenSection(_Section):
+    """Sockets.
+
+    Attributes:
+        directory: Directory of the Unix sockets; empty for ``$XDG_RUNTIME_DIR/appliance``, or ``/run/appliance`` for root.
+        grpc_tcp: ``host:port`` for gRPC over TCP, empty for none. Loopback only.
+        http_tcp: ``host:port`` for HTTP over TCP, empty for none. Loopback only.
+    """
+
+    directory: str = ""
+    grpc_tcp: str = ""
+    http_tcp: str = ""
+
+    @model_validator(mode="after")
+    def _loopback_only(self) -> Self:
+        for key, address in (("grpc_tcp", self.grpc_tcp), ("http_tcp", self.http_tcp)):
+            if address:
+                _check_loopback(key, address)
+        return self
+
+
+class AccessSection(_Section):
+    """Who may do what.
+
+    Attributes:
+        admin_uids: Users who may load and unload besides root and the daemon's own user.
+        tcp_role: Role of everybody who connects over TCP, where no identity is known.
+        hosts: Host names accepted in HTTP's Host and Origin besides localhost, 127.0.0.1 and [::1].
+    """
+
+    admin_uids: list[Annotated[int, Field(ge=0)]] = []
+    tcp_role: Role = Role.INFER
+    hosts: list[str] = []
+
+
+class LimitsSection(_Section):
+    """Bounds on what clients can ask of the daemon.
+
+    Attributes:
+        max_request_bytes: One request's inline tensors and framing, decompressed.
+        max_region_bytes: One memfd region.
+        max_regions: Regions of one connection.
+        max_connections: Connections of one transport.
+        max_connections_per_uid: Connections of one user on the native socket.
+        max_requests_in_flight: Unanswered requests of one connection.
+        max_unsent_bytes: Answers a connection may leave unread before it is closed.
+        header_seconds: Time for a handshake, a frame or a request's headers to arrive.
+    """
+
+    max_request_bytes: Annotated[int, Field(ge=4096, le=2147483647)] = 67108864
+    max_region_bytes: Annotated[int, Field(ge=4096)] = 1073741824
+    max_regions: Annotated[int, Field(ge=0, le=65536)] = 64
+    max_connections: Annotated[int, Field(ge=1)] = 4096
+    max_connections_per_uid: Annotated[int, Field(ge=1)] = 1024
+    max_requests_in_flight: Annotated[int, Field(ge=1)] = 1024
+    max_unsent_bytes: Annotated[int, Field(ge=65536)] = 134217728
+    header_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
+
+
+class WorkersSection(_Section):
+    """Worker processes.
+
+    Attributes:
+        load_seconds: A load that takes longer is given up.
+        heartbeat_seconds: An idle worker is asked this often whether it still answers; the same time is its limit.
+        backoff_seconds: Wait before the first restart after a crash that did not follow a success; doubles.
+        crashes_to_quarantine: Crashes within a minute after which the model is quarantined.
+        quarantine_seconds: First quarantine; doubles each time, up to 16-fold.
+    """
+
+    load_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    heartbeat_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    backoff_seconds: Annotated[float, Field(gt=0, le=3600)] = 0.5
+    crashes_to_quarantine: Annotated[int, Field(ge=1, le=1000)] = 3
+    quarantine_seconds: Annotated[float, Field(gt=0, le=86400)] = 60.0
+
+
+class ShutdownSection(_Section):
+    """Stopping.
+
+    Attributes:
+        grace_seconds: Time for requests in flight to finish after SIGTERM.
+    """
+
+    grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 10.0
+
+
+class LogSection(_Section):
+    """Logging to standard error.
+
+    Attributes:
+        level: ``debug``, ``info``, ``warning`` or ``error``.
+        json_lines: One JSON object a line instead of text.
+    """
+
+    level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    json_lines: bool = False
+
+
+class BackendSection(_Section):
+    """One backend.
+
+    Attributes:
+        enabled: False keeps the backend out of every choice.
+        python: Interpreter of the environment its runtime is installed in; empty for the daemon's own.
+    """
+
+    enabled: bool = True
+    python: str = ""
+
+
+class Config(_Section):
+    """Everything ``config.toml`` can say."""
+
+    repository: RepositorySection = RepositorySection()
+    listen: ListenSection = ListenSection()
+    access: AccessSection = AccessSection()
+    limits: LimitsSection = LimitsSection()
+    workers: WorkersSection = WorkersSection()
+    shutdown: ShutdownSection = ShutdownSection()
+    log: LogSection = LogSection()
+    backends: dict[str, BackendSection] = {}
+
+    def socket_directory(self) -> Path:
+        """Where the Unix sockets go."""
+        if self.listen.directory:
+            return Path(self.listen.directory)
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        return Path(runtime) / "appliance" if runtime else Path("/run/appliance")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[v6]:port``.
+
+    Raises:
+        ValueError: It has no port between 0 and 65535.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} must be host:port")
+    return host.strip("[]"), int(port)
+
+
+def _check_loopback(key: str, address: str) -> None:
+    host, _ = split_address(address)
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise ValueError(f"{key} = {address!r} must be a loopback address: this version has neither TLS nor tokens")
+
+
+def parse_config(text: str) -> Config:
+    """Read the text of a configuration file.
+
+    Raises:
+        ConfigError: With every problem, and a suggestion for each unknown key.
+    """
+    try:
+        return Config.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"cannot read the configuration: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"cannot use the configuration: {describe_problems(error, Config)}") from error
+
+
+def read_config(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
+    """Read a configuration file, or the defaults where there is none, with command-line overrides on top.
+
+    Raises:
+        ConfigError: The file cannot be read or used.
+    """
+    text = ""
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}") from error
+    config = parse_config(text)
+    if not overrides:
+        return config
+    merged = config.model_dump()
+    for section, values in overrides.items():
+        merged[section].update(values)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(f"cannot use the command line: {describe_problems(error, Config)}") from error

@@ -1,0 +1,339 @@
+"""The one way from a validated request to a result, and the one place that knows all models.
+
+Transports see this interface only. A transport that wants no task per request makes a `Plan` and submits a `Call` whose
+`Sink` it is; `infer` does the same for those that would rather await.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from appliance.call import Call, CallState, OutputTable, Plan
+from appliance.config import Config
+from appliance.deadline import Deadlines
+from appliance.errors import ApplianceError, BackendError, ModelNotFound, ShuttingDown
+from appliance.inventory import Inventory
+from appliance.manifest import MODEL_NAME, check_model_name
+from appliance.metrics import ModelStatistics
+from appliance.models import Model
+from appliance.planner import check_contents, make_plan
+from appliance.plugins import BackendRecord, discover
+from appliance.types import InferRequest, InferResult, ModelDescription, ModelState, ModelStatus, Tensor, Timings
+from appliance.wire.elements import split_elements
+
+_log = logging.getLogger("appliance.engine")
+
+#: Threads that tokenise. Tokenizers release the interpreter lock, so two keep a small machine busy.
+_TEXT_THREADS: Final = 2
+
+Listener = Callable[[str, bool], None]
+
+
+class Engine:
+    """All models and the way to them.
+
+    Attributes:
+        accepting: False from the moment draining starts.
+        inventory: The machine.
+    """
+
+    def __init__(self, config: Config, inventory: Inventory) -> None:
+        self.accepting = True
+        self.inventory = inventory
+        self._config = config
+        self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop, lambda call: call.plan.instance.expire(call))
+        self._models: dict[str, Model] = {}
+        self._repository = Path(config.repository.path).resolve()
+        self._discovery: asyncio.Task[dict[str, BackendRecord]] | None = None
+        self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
+        self._listeners: list[Listener] = []
+        self._told: dict[str, bool] = {}
+        self._startup: set[str] = set()
+        self._is_started = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---------------------------------------------------------------- life
+
+    async def start(self) -> None:
+        """Find backends and load the startup models; returns when each is READY or FAILED."""
+        names = self.scan()
+        wanted = names if "*" in self._config.repository.load else list(self._config.repository.load)
+        self._startup = set(wanted)
+        for failure in await asyncio.gather(*(self.load(name) for name in wanted), return_exceptions=True):
+            if isinstance(failure, ApplianceError):
+                _log.error("%s", failure)
+            elif isinstance(failure, BaseException):
+                raise failure
+        self._is_started = True
+        self._tell()
+
+    def begin_drain(self) -> None:
+        """Refuse what is new and say so to everybody who watches."""
+        self.accepting = False
+        self._tell()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Let requests in flight finish within the grace, end the workers."""
+        self.begin_drain()
+        if self._discovery is not None:
+            self._discovery.cancel()
+        await asyncio.gather(*(model.stop(grace_seconds) for model in self._models.values()))
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def scan(self) -> list[str]:
+        """Look for model directories; returns the names of all models, sorted."""
+        try:
+            entries = [entry.name for entry in self._repository.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        except OSError as error:
+            _log.warning("cannot read the model repository: %s", error.strerror)
+            entries = []
+        for name in entries:
+            if MODEL_NAME.fullmatch(name):
+                self._model_or_new(name)
+            elif name not in self._told:
+                self._told[name] = False
+                _log.warning("ignoring the directory %r of the model repository: the rule is %s", name, MODEL_NAME.pattern)
+        return sorted(self._models)
+
+    def _model_or_new(self, name: str) -> Model:
+        model = self._models.get(name)
+        if model is None:
+            model = Model(name, self._repository / name, self._config.workers, self._deadlines, self._model_changed)
+            self._models[name] = model
+        return model
+
+    async def backends(self) -> Mapping[str, BackendRecord]:
+        """Every backend by name, probed once and on first need."""
+        if self._discovery is None:
+            sections = self._config.backends.items()
+            disabled = [name for name, section in sections if not section.enabled]
+            pythons = {name: section.python for name, section in sections if section.python}
+            self._discovery = self._loop.create_task(discover(self.inventory, disabled, pythons))
+        return await asyncio.shield(self._discovery)
+
+    # ---------------------------------------------------------------- models
+
+    def _model(self, name: str) -> Model:
+        model = self._models.get(name)
+        if model is None:
+            check_model_name(name)
+            raise ModelNotFound(f"cannot find model {name!r}")
+        return model
+
+    def is_ready(self) -> bool:
+        """True once the startup models are READY or FAILED (with `strict`, all READY) and until draining starts."""
+        if not self.accepting or not self._is_started:
+            return False
+        if not self._config.repository.strict:
+            return True
+        return all(self._models[name].state is ModelState.READY for name in self._startup if name in self._models)
+
+    def model_is_ready(self, name: str, version: str = "") -> bool:
+        """True where the model answers requests now.
+
+        Raises:
+            ModelNotFound: No such model or version.
+            InvalidRequest: `name` cannot be a model's.
+        """
+        model = self._model(name)
+        model.check_version(version)
+        return self.accepting and model.state is ModelState.READY
+
+    def describe(self, name: str, version: str = "") -> ModelDescription:
+        """What a client must know to call a model.
+
+        Raises:
+            ModelNotFound: No such model or version.
+            ModelNotReady: It was never loaded.
+        """
+        return self._model(name).describe(version)
+
+    def statuses(self) -> list[ModelStatus]:
+        """Every model of the repository, by name."""
+        self.scan()
+        return [self._models[name].status() for name in sorted(self._models)]
+
+    def statistics(self, name: str = "", version: str = "") -> list[tuple[ModelStatus, ModelStatistics]]:
+        """Counters of one model, or of all that were ever loaded.
+
+        Raises:
+            ModelNotFound: No such model or version.
+        """
+        if name:
+            model = self._model(name)
+            model.check_version(version)
+            return [(model.status(), model.statistics)]
+        return [(model.status(), model.statistics) for _, model in sorted(self._models.items()) if model.version]
+
+    async def load(self, name: str) -> None:
+        """Load a model, or reload it if it changed on disk. Concurrent loads of one model join.
+
+        Raises:
+            ApplianceError: The model cannot be loaded; what served before still serves.
+        """
+        check_model_name(name)
+        if not self.accepting:
+            raise ShuttingDown("cannot load a model: the daemon is stopping")
+        if name not in self._models and not (self._repository / name).is_dir():
+            raise ModelNotFound(f"cannot find model {name!r}")
+        await self._model_or_new(name).load(self.backends)
+
+    async def unload(self, name: str) -> None:
+        """Unload a model; requests it has admitted are answered first.
+
+        Raises:
+            ModelNotFound: No such model.
+        """
+        await self._model(name).unload()
+
+    # ---------------------------------------------------------------- readiness listeners
+
+    def watch(self, listener: Listener) -> Callable[[], None]:
+        """Have `listener` called with (model name, or "" for the server, and is_ready) on every change.
+
+        Returns:
+            A function that ends it.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
+    def _model_changed(self, name: str) -> None:
+        self._tell(name)
+
+    def _tell(self, *names: str) -> None:
+        for name in names or tuple(self._models):
+            model = self._models.get(name)
+            self._tell_one(name, self.accepting and model is not None and model.state is ModelState.READY)
+        self._tell_one("", self.is_ready())
+
+    def _tell_one(self, name: str, is_ready: bool) -> None:
+        if self._told.get(name) is not is_ready:
+            self._told[name] = is_ready
+            for listener in tuple(self._listeners):
+                listener(name, is_ready)
+
+    # ---------------------------------------------------------------- requests
+
+    def plan(
+        self, name: str, version: str, inputs: Sequence[tuple[str, str, tuple[int, ...]]], outputs: Sequence[str]
+    ) -> Plan:
+        """Check a request's head: (name, datatype, shape) of each input, and the outputs wanted (none for all).
+
+        Raises:
+            ShuttingDown, ModelNotFound, ModelNotReady, InvalidRequest: The request cannot run.
+        """
+        if not self.accepting:
+            raise ShuttingDown("cannot run the request: the daemon is stopping")
+        instance = self._model(name).serving(version)
+        return make_plan(instance, instance.signature, inputs, outputs)
+
+    def submit(self, name: str, call: Call) -> None:
+        """Queue a call; tokenises its texts first where it has any. The sink hears of everything after this.
+
+        Raises:
+            ApplianceError: The call is not admitted.
+        """
+        if not self.accepting:
+            raise ShuttingDown("cannot run the request: the daemon is stopping")
+        if not call.plan.is_text:
+            call.plan.instance.submit(call)
+            return
+        instance = call.plan.instance
+        if not instance.accepts:
+            raise instance.refusal()
+        instance.check_room(call.nbytes)
+        task = self._loop.create_task(self._tokenise(self._model(name), call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tokenise(self, model: Model, call: Call) -> None:
+        instance = call.plan.instance
+        nbytes = call.nbytes
+        instance.hold(nbytes)
+        try:
+            place = next(i for i, tensor in enumerate(call.plan.tensors) if tensor.place < 0)
+            texts = split_elements(call.contents[place], call.plan.tensors[place].elements, instance.signature.text)
+            if model.encoder is None:
+                raise instance.refusal()
+            tokens = await self._loop.run_in_executor(self._threads, model.encoder.encode, texts)
+            if call.state is CallState.NEW:
+                instance.give_tokens(call, place, tokens)
+                model.statistics.tokenise.add(tokens.took_ns)
+                instance.submit(call)
+        except ApplianceError as error:
+            _fail(call, error)
+        except Exception:
+            _log.exception("tokenising for %s failed", model.name)
+            _fail(call, BackendError("cannot run the request: tokenising failed"))
+        finally:
+            instance.unhold(nbytes)
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """Run one request. Cancelling the task withdraws it.
+
+        Raises:
+            ApplianceError: As the request deserves.
+        """
+        heads = [(tensor.name, tensor.datatype, tensor.shape) for tensor in request.inputs]
+        plan = self.plan(request.model, request.version, heads, request.outputs)
+        contents = [tensor.content for tensor in request.inputs]
+        nbytes = check_contents(plan, [tensor.name for tensor in request.inputs], contents)
+        waiter = _Waiter(self._loop.create_future())
+        call = Call(plan, contents, waiter)
+        limits = [limit for limit in (request.timeout_us, plan.instance.default_timeout_us) if limit > 0]
+        if limits:
+            call.deadline_ns = time.monotonic_ns() + min(limits) * 1000
+        call.nbytes = nbytes
+        self.submit(request.model, call)
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            call.plan.instance.cancel(call)
+            raise
+
+
+def _fail(call: Call, error: ApplianceError) -> None:
+    call.state = CallState.FINISHED
+    call.let_go()
+    call.sink.fail(call, error)
+    call.sink.flush()
+
+
+class _Waiter:
+    """Turns one call's answer into a future's result."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: "asyncio.Future[InferResult]") -> None:
+        self.future = future
+
+    def deliver(self, call: Call, table: OutputTable, memory: memoryview, row: int, timings: Timings) -> None:
+        """Copy the outputs out of the slab."""
+        if self.future.done():
+            return
+        plan = call.plan
+        outputs: list[Tensor] = [table.tensor(index, memory, row, plan.rows) for index in plan.outputs]
+        load = plan.instance.placement.load
+        own = Timings(
+            timings.decode_ns,
+            call.tokenise_ns,
+            call.queue_ns,
+            timings.copy_ns,
+            timings.compute_ns,
+            timings.postprocess_ns,
+            timings.batch_rows,
+        )
+        self.future.set_result(InferResult(load.model, load.version, outputs, own))
+
+    def fail(self, call: Call, error: ApplianceError) -> None:
+        """Raise in the waiting task."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

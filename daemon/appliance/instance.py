@@ -1,0 +1,583 @@
+"""A loaded model: its queue, its worker, and the loop ``collect → run → scatter`` between them.
+
+Everything here runs on the event loop and belongs to one `Instance`; nothing needs a lock. When the worker dies, calls it
+had fail retryably, calls still queued wait for the restart, and new ones are refused until the model is ready again.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from appliance.batcher import Batcher, EagerPolicy
+from appliance.call import Call, CallState, OutputTable, Plan, Sink
+from appliance.config import WorkersSection
+from appliance.deadline import Deadlines
+from appliance.errors import (
+    ApplianceError,
+    BackendError,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotReady,
+    WorkerLost,
+)
+from appliance.gather import Gatherer, Scatterer
+from appliance.manifest import Manifest
+from appliance.metrics import ModelStatistics
+from appliance.planner import Signature, make_plan, signature_of
+from appliance.poison import Suspects
+from appliance.slab import Slab, aligned
+from appliance.text import Tokens
+from appliance.types import ITEM_BYTES, ModelState, TensorSpec, Timings
+from appliance.wire import worker as frames
+from appliance.wire import worker_pb2
+from appliance.worker_link import Slot, WorkerLink
+
+_log = logging.getLogger("appliance.instance")
+
+#: Batches a worker holds: one running, one gathered behind it.
+_SLOTS: Final = 2
+#: Bounds of a slab. Pages are taken on first touch, so a large slab costs nothing until it is used.
+_MIN_SLAB_BYTES: Final = 1 << 20
+_MAX_SLAB_BYTES: Final = 1 << 26
+#: What a dynamic dimension counts for when slabs are sized.
+_GUESSED_DIMENSION: Final = 256
+#: Plans for tokenised texts kept; all are dropped when there are more.
+_MAX_TEXT_PLANS: Final = 256
+_MINUTE_NS: Final = 60_000_000_000
+_BACKOFF_LIMIT_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The variant chosen for a model and what a worker needs to load it.
+
+    Attributes:
+        backend: Backend name.
+        python: Interpreter of the backend's environment; empty for the daemon's own.
+        load: The message a worker is started with.
+    """
+
+    backend: str
+    python: str
+    load: worker_pb2.Load
+
+
+def slab_bytes(specs: tuple[TensorSpec, ...], rows: int) -> int:
+    """Bytes for `rows` rows of every tensor, each aligned, within the slab bounds."""
+    total = 0
+    for spec in specs:
+        size = max(ITEM_BYTES[spec.datatype], 1)
+        for dimension in spec.shape[1:] if rows > 1 else spec.shape:
+            size *= _GUESSED_DIMENSION if dimension < 0 else dimension
+        total = aligned(total + size * rows)
+    return min(max(total, _MIN_SLAB_BYTES), _MAX_SLAB_BYTES)
+
+
+class Instance:
+    """A session with its queue and worker.
+
+    Attributes:
+        state: Where it stands.
+        reason: Why it is not ready.
+        signature: What the session takes and gives; set by `start`.
+        loaded: What the worker reported; set by `start`.
+        accepts: True while calls are taken; plans are good for as long.
+        restarts: Times the worker was started again.
+        load_ns: How long the last start took.
+        default_timeout_us: The manifest's deadline for requests; 0 for none.
+    """
+
+    signature: Signature
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        manifest: Manifest,
+        placement: Placement,
+        settings: WorkersSection,
+        statistics: ModelStatistics,
+        deadlines: Deadlines,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._manifest = manifest
+        self.placement = placement
+        self._settings = settings
+        self._statistics = statistics
+        self._deadlines = deadlines
+        self._on_change = on_change
+        self._batcher = Batcher(EagerPolicy(), manifest.batch.max_queue_size, manifest.batch.max_queue_bytes)
+        self._link: WorkerLink | None = None
+        self._slots: list[Slot] = []
+        self._free: list[Slot] = []
+        self._batch_number = 0
+        self._spill_number = 0x80000000
+        self._pump_handle: asyncio.Handle | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._crashes_ns: list[int] = []
+        self._quarantines = 0
+        self._suspects = Suspects()
+        self._restart: asyncio.Task[None] | None = None
+        self._idle: asyncio.Event = asyncio.Event()
+        self._idle.set()
+        self._is_closing = False
+        self.default_timeout_us = manifest.batch.default_timeout_ms * 1000
+        self._held = 0
+        self._held_bytes = 0
+        self._text_plans: dict[tuple[object, ...], Plan] = {}
+        self.state = ModelState.LOADING
+        self.reason = ""
+        self.loaded = worker_pb2.Loaded()
+        self.accepts = False
+        self.restarts = 0
+        self.load_ns = 0
+
+    # ---------------------------------------------------------------- life
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id, or None."""
+        return self._link.pid if self._link is not None else None
+
+    @property
+    def queued(self) -> int:
+        """Calls waiting."""
+        return self._batcher.queued
+
+    @property
+    def running(self) -> int:
+        """Calls the worker has."""
+        return sum(len(slot.calls) for slot in self._slots)
+
+    async def start(self) -> None:
+        """Start the worker, load and warm up, and take calls.
+
+        Raises:
+            ApplianceError: The model cannot be loaded; nothing is left behind.
+        """
+        began = time.monotonic_ns()
+        label = f"{self._manifest.name} ({self.placement.backend})"
+        link = WorkerLink(self._loop, self, label)
+        self.loaded = await link.start(self.placement.python, self.placement.load, self._settings.load_seconds)
+        self.signature = signature_of(self.loaded, self._manifest)
+        self._gatherer = Gatherer(bool(self.loaded.max_batch_size))
+        self._scatterer = Scatterer(self.signature.output_names, bool(self.loaded.max_batch_size))
+        self._rows = max(self.loaded.max_batch_size, 1)
+        worker_inputs = tuple(spec for index, spec in self.signature.inputs.values() if index >= 0)
+        sizes = slab_bytes(worker_inputs, self._rows), slab_bytes(self.signature.public_outputs(), self._rows)
+        try:
+            self._slots = [link.make_slot(number, *sizes) for number in range(_SLOTS)]
+        except ApplianceError:
+            await link.close()
+            raise
+        self._free = list(self._slots)
+        self._link = link
+        self.load_ns = time.monotonic_ns() - began
+        self.accepts = not self._is_closing
+        self._set_state(ModelState.READY)
+        self._arm_watchdog()
+        self._pump()
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no new calls and wait for those admitted; after the grace the rest fails with `ModelNotReady`."""
+        self.accepts = False
+        self._is_closing = True
+        try:
+            await asyncio.wait_for(self._wait_idle(), grace_seconds)
+        except TimeoutError:
+            _log.warning("%s: requests were still running after %g s", self._manifest.name, grace_seconds)
+
+    async def _wait_idle(self) -> None:
+        while self._batcher.queued or self._held or any(slot.calls for slot in self._slots):
+            if self._link is None and self._restart is None:
+                return
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def close(self) -> None:
+        """End the worker; calls still here fail with `ModelNotReady`."""
+        self.accepts = False
+        self._is_closing = True
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        error = ModelNotReady(f"cannot run the request: model {self._manifest.name!r} is being unloaded")
+        self._fail_running(error)
+        self._fail_queued(error)
+        if self._link is not None:
+            await self._link.close()
+        self._drop_worker()
+        self._set_state(ModelState.UNLOADED)
+
+    def _set_state(self, state: ModelState, reason: str = "") -> None:
+        if (self.state, self.reason) != (state, reason):
+            self.state, self.reason = state, reason
+            self._on_change()
+
+    # ---------------------------------------------------------------- admission
+
+    def refusal(self) -> ApplianceError:
+        """The error for a call that comes while the instance takes none."""
+        return ModelNotReady(f"cannot run the request: model {self._manifest.name!r} is {self.reason or self.state.value}")
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse a call that will be submitted later, once its text is tokenised.
+
+        Raises:
+            Overloaded: The queue is full.
+        """
+        self._batcher.check_room(nbytes, self._held, self._held_bytes)
+
+    def submit(self, call: Call) -> None:
+        """Queue a call; the answer goes to its sink, always from a later turn of the loop.
+
+        Raises:
+            ApplianceError: The call is not admitted, and its sink hears nothing of it.
+        """
+        try:
+            if not self.accepts:
+                raise self.refusal()
+            call.admitted_ns = time.monotonic_ns()
+            if call.deadline_ns:
+                if call.deadline_ns <= call.admitted_ns:
+                    raise DeadlineExceeded("cannot run the request: its deadline has passed")
+                self._deadlines.add(call)
+            if self._suspects:
+                self._suspects.judge(call, call.admitted_ns)
+            self._batcher.admit(call)
+        except ApplianceError as error:
+            call.state = CallState.FINISHED
+            call.let_go()
+            self._statistics.refuse(error.kind)
+            raise
+        if self._pump_handle is None and self._free:
+            self._pump_handle = self._loop.call_soon(self._pump)
+
+    def cancel(self, call: Call, error: ApplianceError | None = None) -> None:
+        """Withdraw a call: one that waits never runs, of one that runs the answer is dropped.
+
+        The sink hears of it only where `error` is given.
+        """
+        if call.state is CallState.QUEUED:
+            self._batcher.withdraw(call)
+        elif call.state in (CallState.RUNNING, CallState.NEW):
+            call.state = CallState.FINISHED
+        else:
+            return
+        self._statistics.cancelled += 1
+        if error is not None:
+            call.sink.fail(call, error)
+            call.sink.flush()
+        self._note_progress()
+
+    def hold(self, nbytes: int) -> None:
+        """A call of `nbytes` is on its way here (its text is being tokenised): it counts as queued, and draining waits."""
+        self._held += 1
+        self._held_bytes += nbytes
+
+    def unhold(self, nbytes: int) -> None:
+        """The call that was on its way is queued or given up."""
+        self._held -= 1
+        self._held_bytes -= nbytes
+        self._note_progress()
+
+    def give_tokens(self, call: Call, place: int, tokens: Tokens) -> None:
+        """Put token ids in the place of a call's texts, and the plan for them in the place of its plan."""
+        plan, section = call.plan, self._manifest.text
+        if section is None:
+            raise BackendError("cannot run the request: the model takes no text")
+        made = [(section.ids, tokens.ids), *([(section.mask, tokens.mask)] if section.mask else [])]
+        key = (plan.signature, plan.outputs, plan.rows, tokens.length)
+        known = self._text_plans.get(key)
+        if known is None:
+            rows = (plan.rows,) if self.signature.max_batch_size else ()
+            names = {index: name for name, (index, _) in self.signature.inputs.items()}
+            others = [
+                (names[tensor.place], tensor.datatype, (*rows, *tensor.row_shape))
+                for tensor in plan.tensors
+                if tensor.place >= 0
+            ]
+            heads = [*((name, "INT64", (*rows, tokens.length)) for name, _ in made), *others]
+            known = make_plan(self, self.signature, heads, [self.signature.output_names[index] for index in plan.outputs])
+            if len(self._text_plans) >= _MAX_TEXT_PLANS:
+                self._text_plans.clear()
+            self._text_plans[key] = known
+        rest = [content for other, content in enumerate(call.contents) if other != place]
+        call.plan = known
+        call.contents = [*(content for _, content in made), *rest]
+        call.nbytes = sum(len(content) for content in call.contents)
+        call.tokenise_ns = tokens.took_ns
+
+    # ---------------------------------------------------------------- collect, run, scatter
+
+    def _pump(self) -> None:
+        self._pump_handle = None
+        while self._free and self._link is not None:
+            slot = self._free[-1]
+            calls = self._batcher.collect(self._rows, slot.input.size, _SLOTS - len(self._free))
+            if not calls:
+                break
+            self._free.pop()
+            self._run(slot, calls)
+
+    def _run(self, slot: Slot, calls: list[Call]) -> None:
+        link = self._link
+        if link is None:
+            return
+        began = time.monotonic_ns()
+        for call in calls:
+            call.queue_ns = began - call.admitted_ns
+        try:
+            memory, region = self._room_for(slot, calls, link)
+            gathered = self._gatherer.gather(calls, memory, region)
+        except ApplianceError as error:  # no memory for a batch that outgrew its slab
+            self._free.append(slot)
+            self._fail(calls, error)
+            return
+        self._batch_number += 1
+        slot.calls = calls
+        slot.batch = self._batch_number
+        slot.started_ns = time.monotonic_ns()
+        slot.copy_ns = slot.started_ns - began
+        link.send(
+            frames.RUN_HEADER.pack(
+                frames.Kind.RUN, slot.number, gathered.tensors, gathered.rows, slot.batch, gathered.wanted
+            )
+            + gathered.layout
+        )
+
+    def _room_for(self, slot: Slot, calls: list[Call], link: WorkerLink) -> tuple[memoryview, int]:
+        """Where to gather: the slot's slab, or a slab of its own for a call too large for it; maps client regions."""
+        call = calls[0]
+        if len(calls) > 1:
+            return slot.input.memory, 0
+        outside = 0
+        for view, tensor in zip(call.region_views, call.plan.tensors, strict=False):
+            if view is not None:
+                link.map_region(view.region.number, view.region.slab)
+                view.region.watch(link.unmap_region)
+                outside += max(tensor.byte_length, 0)
+        needed = call.nbytes - outside + 64 * len(call.plan.tensors)
+        if needed <= slot.input.size:
+            return slot.input.memory, 0
+        self._spill_number = 0x80000000 | ((self._spill_number + 1) & 0x3FFFFFFF)
+        slot.spill = Slab.create(needed, "appliance-spill")
+        slot.spill_region = self._spill_number
+        link.map_region(slot.spill_region, slot.spill)
+        return slot.spill.memory, slot.spill_region
+
+    def on_done(self, packet: memoryview, attached: Slab | None) -> None:
+        """Scatter a batch's answers (called by the link)."""
+        _, number, count, row_errors, batch, decode, copy_in, compute, postprocess, copy_out = (
+            frames.DONE_HEADER.unpack_from(packet)
+        )
+        slot = self._slots[number] if number < len(self._slots) else None
+        if slot is None or slot.batch != batch or not slot.calls:
+            self._break_contract("answered a batch it was not given")
+            return
+        try:
+            table, end = self._scatterer.table(packet, count)
+            failed_rows = _row_errors(packet, end, row_errors) if row_errors else {}
+        except ValueError:
+            self._break_contract("sent a packet that breaks the format")
+            return
+        memory = attached.memory if attached is not None else slot.output.memory
+        timings = Timings(decode, 0, 0, slot.copy_ns + copy_in + copy_out, compute, postprocess)
+        rows = self._scatter(slot.calls, table, memory, timings, failed_rows)
+        self._statistics.ran(rows, timings, time.time_ns() // 1_000_000)  # shown to people as a date
+        if attached is not None:
+            attached.close()
+        self._release(slot)
+
+    def _scatter(
+        self, calls: list[Call], table: OutputTable, memory: memoryview, timings: Timings, failed_rows: dict[int, str]
+    ) -> int:
+        """Give every call its rows, or its row's error; returns the rows of the batch."""
+        rows = sum([call.plan.rows for call in calls])
+        timings.batch_rows = rows
+        now = time.monotonic_ns()
+        statistics = self._statistics
+        sinks: list[Sink] = []
+        row = 0
+        for call in calls:
+            taken = call.plan.rows
+            if call.state is CallState.RUNNING:
+                call.state = CallState.FINISHED
+                problem = next((failed_rows[r] for r in range(row, row + taken) if r in failed_rows), "") if failed_rows else ""
+                if problem:
+                    call.sink.fail(call, InvalidRequest(problem))
+                    statistics.fail.add(now - call.admitted_ns)
+                else:
+                    call.sink.deliver(call, table, memory, row, timings)
+                    statistics.success.add(now - call.admitted_ns)
+                    statistics.queue.add(call.queue_ns)
+                if self._suspects:
+                    self._suspects.absolve(call)
+                sinks.append(call.sink)
+            row += taken
+            call.let_go()
+        for sink in sinks if len(sinks) < 2 else dict.fromkeys(sinks):
+            sink.flush()
+        return rows
+
+    def on_fault(self, slot_number: int, batch: int, message: str) -> None:
+        """A batch failed as a whole: its calls run once more, each alone, so that a bad one fails by itself."""
+        slot = self._slots[slot_number] if slot_number < len(self._slots) else None
+        if slot is None or slot.batch != batch or not slot.calls:
+            self._break_contract("failed a batch it was not given")
+            return
+        calls = slot.calls
+        waiting = [call for call in calls if call.state is CallState.RUNNING]
+        if len(calls) > 1:
+            for call in waiting:
+                call.is_alone = True
+            self._batcher.readmit(waiting)
+        else:
+            self._fail(waiting, BackendError(f"cannot run the request: {message}"))
+        for call in calls:
+            if call.state is CallState.FINISHED:
+                call.let_go()
+        self._release(slot)
+
+    def _release(self, slot: Slot) -> None:
+        slot.calls = []
+        if slot.spill is not None and self._link is not None:
+            self._link.unmap_region(slot.spill_region)
+            slot.spill.close()
+            slot.spill = None
+        self._free.append(slot)
+        if self._batcher.queued:
+            self._pump()
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        if not self._idle.is_set():
+            self._idle.set()
+
+    def _fail(self, calls: list[Call], error: ApplianceError) -> None:
+        now = time.monotonic_ns()
+        for call in calls:
+            if call.state is not CallState.FINISHED:
+                call.state = CallState.FINISHED
+                self._statistics.fail.add(now - call.admitted_ns)
+                call.sink.fail(call, error)
+                call.sink.flush()
+            call.let_go()
+
+    def _fail_running(self, error: ApplianceError) -> None:
+        for slot in self._slots:
+            calls, slot.calls = slot.calls, []
+            self._fail(calls, error)
+
+    def _fail_queued(self, error: ApplianceError) -> None:
+        self._fail(self._batcher.drain(), error)
+        self._note_progress()
+
+    # ---------------------------------------------------------------- crashes, hangs, restarts
+
+    def _break_contract(self, what: str) -> None:
+        _log.error("%s: the worker %s and is replaced", self._manifest.name, what)
+        if self._link is not None:
+            self._link.kill()
+
+    def _arm_watchdog(self) -> None:
+        interval = min(self._settings.heartbeat_seconds, self._manifest.batch.max_batch_seconds) / 2
+        self._watchdog = self._loop.call_later(interval, self._watch)
+
+    def _watch(self) -> None:
+        """Kill a worker whose batch runs too long, or that no longer answers when asked."""
+        link = self._link
+        if link is None:
+            return
+        now = time.monotonic_ns()
+        oldest = min((slot.started_ns for slot in self._slots if slot.calls), default=0)
+        silent_ns = now - link.last_heard_ns
+        if oldest:
+            overdue = min(now - oldest, silent_ns) > self._manifest.batch.max_batch_seconds * 1e9
+        else:
+            overdue = silent_ns > 2 * self._settings.heartbeat_seconds * 1e9
+            if not overdue and silent_ns > self._settings.heartbeat_seconds * 1e9:
+                link.send(bytes((frames.Kind.PING,)))
+        if overdue:
+            _log.error("%s: the worker has not answered for %.1f s and is killed", self._manifest.name, silent_ns / 1e9)
+            link.kill()
+        self._arm_watchdog()
+
+    def on_lost(self, reason: str) -> None:
+        """The worker died: fail what it had, restart or quarantine (called by the link)."""
+        _log.error("%s: the worker %s", self._manifest.name, reason)
+        self.accepts = False
+        now = time.monotonic_ns()
+        for slot in self._slots:
+            for call in slot.calls:
+                self._suspects.blame(call, len(slot.calls) == 1, now)
+        self._crashes_ns = [*(crash for crash in self._crashes_ns if now - crash < _MINUTE_NS), now]
+        self._set_state(ModelState.RESTARTING, f"restarting: its worker {reason}")
+        self._fail_running(WorkerLost(f"cannot finish the request: the worker of model {self._manifest.name!r} {reason}"))
+        self._drop_worker()
+        if not self._is_closing or self._batcher.queued:
+            self._restart = self._loop.create_task(self._restart_worker())
+
+    def _drop_worker(self) -> None:
+        for slot in self._slots:
+            slot.close()
+        self._slots = []
+        self._free = []
+        self._link = None
+        self._note_progress()
+
+    async def _restart_worker(self) -> None:
+        """Start a worker again, at once after a first crash, with back-off after more; quarantine after too many."""
+        delay = 0.0
+        while True:
+            if len(self._crashes_ns) >= self._settings.crashes_to_quarantine:
+                await self._quarantine()
+            elif len(self._crashes_ns) > 1:
+                delay = min(max(delay * 2, self._settings.backoff_seconds), _BACKOFF_LIMIT_SECONDS)
+                await asyncio.sleep(delay)
+            try:
+                await self.start()
+            except ApplianceError as error:
+                _log.error("%s: %s", self._manifest.name, error)
+                self._set_state(ModelState.RESTARTING, f"restarting: {error}")
+                self._crashes_ns.append(time.monotonic_ns())
+                continue
+            self.restarts += 1
+            self._restart = None
+            _log.info("%s: the worker runs again", self._manifest.name)
+            return
+
+    async def _quarantine(self) -> None:
+        seconds = self._settings.quarantine_seconds * 2 ** min(self._quarantines, 4)
+        self._quarantines += 1
+        reason = f"quarantined for {seconds:g} s: its worker crashed {len(self._crashes_ns)} times within a minute"
+        self._set_state(ModelState.QUARANTINED, reason)
+        self._fail_queued(self.refusal())
+        self._crashes_ns.clear()
+        await asyncio.sleep(seconds)
+
+    def expire(self, call: Call) -> None:
+        """Answer a call whose deadline passed (called by `Deadlines`)."""
+        self.cancel(call, DeadlineExceeded("cannot answer in time: the deadline has passed"))
+
+
+
+def _row_errors(packet: memoryview, start: int, count: int) -> dict[int, str]:
+    """Row errors of a DONE packet by row.
+
+    Raises:
+        ValueError: The packet is shorter than it says.
+    """
+    errors = {}
+    for _ in range(count):
+        if len(packet) - start < frames.ROW_ERROR.size:
+            raise ValueError("cannot read the packet: its row errors are truncated")
+        row, length = frames.ROW_ERROR.unpack_from(packet, start)
+        start += frames.ROW_ERROR.size
+        errors[row] = bytes(packet[start : start + length]).decode("utf-8", "replace")
+        start += length
+    return errors

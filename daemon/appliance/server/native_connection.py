@@ -1,0 +1,508 @@
+"""One client of the native protocol: frames in, calls to the engine, frames out.
+
+The socket is read and written directly rather than through an asyncio transport, because transports can neither receive
+descriptors nor gather buffers into one write. Nothing here awaits on the way of a request; answers come back through the
+`Sink` methods.
+"""
+
+import array
+import asyncio
+import logging
+import os
+import socket
+import time
+import uuid
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from appliance import __version__
+from appliance.call import Call, OutputTable
+from appliance.config import LimitsSection
+from appliance.errors import ApplianceError, InvalidRequest, Overloaded
+from appliance.region import Region
+from appliance.server import native_head
+from appliance.server.access import authorise
+from appliance.server.oip import dispatch_unary
+from appliance.slab import Slab
+from appliance.types import Buffer, Peer, Timings
+from appliance.wire import native
+from appliance.wire.native import HEADER, Frame
+
+if TYPE_CHECKING:
+    from appliance.engine import Engine
+
+_log = logging.getLogger("appliance.native")
+
+_RECEIVE_BYTES: Final = 65536
+#: Descriptors one frame may bring, and the room for them.
+_MAX_DESCRIPTORS: Final = 1
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+#: Heads kept per connection; all are dropped when there are more.
+_MAX_HEADS: Final = 64
+#: Unsent bytes above which nothing more is read from the client.
+_PAUSE_BYTES: Final = 1 << 20
+#: Answers gathered into one write up to this size are joined; larger ones are written as they lie.
+_JOIN_BYTES: Final = 16384
+_MAX_BUFFERS: Final = 512
+_MAX_U32: Final = 0xFFFFFFFF
+_HEADER_BYTES: Final = HEADER.size
+
+
+class Lobby(Protocol):
+    """What a connection needs of the server that accepted it."""
+
+    engine: "Engine"
+    limits: LimitsSection
+
+    def left(self, connection: "NativeConnection") -> None:
+        """The connection is closed."""
+        ...
+
+
+class _ProtocolBroken(Exception):
+    """The client broke the protocol; the connection ends with this message."""
+
+
+class NativeConnection:
+    """A connected client.
+
+    Attributes:
+        peer: Who it is.
+        waiting_since_ns: When the handshake or the frame begun started to arrive; 0 while nothing is owed.
+    """
+
+    def __init__(self, lobby: Lobby, connection: socket.socket, peer: Peer) -> None:
+        self._lobby = lobby
+        self._engine = lobby.engine
+        self._limits = lobby.limits
+        self._socket = connection
+        self._fd = connection.fileno()
+        self._loop = asyncio.get_running_loop()
+        self.peer = peer
+        self.waiting_since_ns = time.monotonic_ns()
+        self._is_greeted = False
+        self._is_closed = False
+        self._is_paused = False
+        self._partial = b""
+        self._large: bytearray | None = None
+        self._large_view: memoryview = memoryview(b"")
+        self._large_filled = 0
+        self._descriptors: deque[int] = deque()
+        self._heads: dict[bytes, native_head.Head] = {}
+        self._calls: dict[int, Call] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._regions: dict[int, Region] = {}
+        self._out: list[Buffer] = []
+        self._backlog = bytearray()
+        self._loop.add_reader(self._fd, self._on_readable)
+
+    # ---------------------------------------------------------------- reading
+
+    def _on_readable(self) -> None:
+        try:
+            if self._large is not None:
+                self._read_large()
+                return
+            content, ancillary, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        except _ProtocolBroken as problem:
+            self._end(str(problem))
+            return
+        if not content:
+            self.close()
+            return
+        try:
+            if ancillary or flags & socket.MSG_CTRUNC:
+                self._take_descriptors(ancillary, flags)
+            if self._partial:
+                content = self._partial + content
+                self._partial = b""
+            self._parse(content)
+        except _ProtocolBroken as problem:
+            self._end(str(problem))
+        if self._out:
+            self.flush()
+
+    def _parse(self, content: bytes) -> None:
+        position = 0
+        end = len(content)
+        unpack = HEADER.unpack_from
+        while end - position >= _HEADER_BYTES:
+            length, kind, _, descriptors, number, head, timeout_us = unpack(content, position)
+            start = position + _HEADER_BYTES
+            if length > self._limits.max_request_bytes or head > length:
+                raise _ProtocolBroken(
+                    f"cannot read the frame: it has {length} bytes and the limit is {self._limits.max_request_bytes}"
+                    if head <= length
+                    else "cannot read the frame: its head is longer than the frame"
+                )
+            if end - start < length:
+                if not self._is_greeted:
+                    break
+                if length > _RECEIVE_BYTES:
+                    self._begin_large(content, position, length)
+                    return
+                break
+            position = start + length
+            if kind == Frame.INFER and self._is_greeted:
+                self._infer(number, content[start : start + head], content[start + head : position], timeout_us)
+            else:
+                self._dispatch(kind, number, descriptors, content[start:position])
+            if self._is_closed:
+                return
+        if position < end:
+            self._partial = content[position:]
+            if not self.waiting_since_ns:
+                self.waiting_since_ns = time.monotonic_ns()
+        else:
+            if self._descriptors:
+                raise _ProtocolBroken("cannot read the frame: descriptors came without a frame that takes them")
+            if self._is_greeted:
+                self.waiting_since_ns = 0
+
+    def _begin_large(self, content: bytes, position: int, length: int) -> None:
+        """A frame larger than a read: receive the rest of it straight into a buffer of its own."""
+        self._large = bytearray(_HEADER_BYTES + length)
+        self._large_view = memoryview(self._large)
+        there = len(content) - position
+        self._large_view[:there] = content[position:]
+        self._large_filled = there
+        if not self.waiting_since_ns:
+            self.waiting_since_ns = time.monotonic_ns()
+
+    def _read_large(self) -> None:
+        size = self._socket.recv_into(self._large_view[self._large_filled :])
+        if size == 0:
+            self.close()
+            return
+        self._large_filled += size
+        if self._large_filled < len(self._large_view):
+            return
+        view, self._large, self._large_view = self._large_view, None, memoryview(b"")
+        self.waiting_since_ns = 0
+        _, kind, _, descriptors, number, head, timeout_us = HEADER.unpack_from(view)
+        body = view[_HEADER_BYTES:]
+        if kind == Frame.INFER:
+            self._infer(number, bytes(body[:head]), body[head:], timeout_us)
+        else:
+            self._dispatch(kind, number, descriptors, bytes(body))
+        if self._out:
+            self.flush()
+
+    def _take_descriptors(self, ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
+        received = array.array("i")
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received.frombytes(content[: len(content) - len(content) % received.itemsize])
+        self._descriptors.extend(received)
+        if flags & socket.MSG_CTRUNC or len(self._descriptors) > _MAX_DESCRIPTORS:
+            raise _ProtocolBroken(f"cannot take the descriptors: a frame may bring {_MAX_DESCRIPTORS}")
+
+    # ---------------------------------------------------------------- requests
+
+    def _infer(self, number: int, head_bytes: bytes, tail: Buffer, timeout_us: int) -> None:
+        if number in self._calls or number in self._tasks:
+            raise _ProtocolBroken(f"cannot take request {number}: a request of that id is in flight")
+        try:
+            if len(self._calls) >= self._limits.max_requests_in_flight:
+                raise Overloaded(
+                    f"cannot take the request: {len(self._calls)} of this connection are in flight and "
+                    f"max_requests_in_flight is {self._limits.max_requests_in_flight}"
+                )
+            head = self._heads.get(head_bytes)
+            if head is not None and head.plan.instance.accepts and head.tail == len(tail) and not head.has_regions:
+                if len(head.sizes) == 1:
+                    contents: list[Buffer] = [tail]
+                else:
+                    contents, _, _ = native_head.split_tail(head, tail, self._regions)
+                call = Call(head.plan, contents, self, number)
+            else:
+                head, call = self._first_call(number, head_bytes, tail, head)
+            if timeout_us or head.timeout_us or head.plan.instance.default_timeout_us:
+                limits = [us for us in (timeout_us, head.timeout_us, head.plan.instance.default_timeout_us) if us > 0]
+                call.deadline_ns = time.monotonic_ns() + min(limits) * 1000
+            self._calls[number] = call
+            self._engine.submit(head.model, call)
+        except ApplianceError as error:
+            self._calls.pop(number, None)
+            self._send_error(number, error)
+
+    def _first_call(
+        self, number: int, head_bytes: bytes, tail: Buffer, head: native_head.Head | None
+    ) -> tuple[native_head.Head, Call]:
+        """A call whose head is new, uses regions, or needs its elements walked.
+
+        Raises:
+            ApplianceError: The request cannot run.
+        """
+        if head is None or not head.plan.instance.accepts:
+            authorise(self.peer, "ModelInfer")
+            self._heads.pop(head_bytes, None)
+            message = native_head.parse_head(head_bytes)
+            if native_head.has_inline_contents(message):
+                if len(tail):
+                    raise InvalidRequest("cannot read the request: it has tensors both in its message and behind it")
+                head, inline = native_head.read_inline(self._engine, message, self.peer)
+                call = Call(head.plan, inline, self, number)
+                call.nbytes = native_head.check_inline(head, inline)
+                return head, call
+            head = native_head.read_head(self._engine, message)
+            if len(head_bytes) <= native.MAX_CACHED_HEAD_BYTES:
+                if len(self._heads) >= _MAX_HEADS:
+                    self._heads.clear()
+                self._heads[head_bytes] = head
+        contents, views, total = native_head.split_tail(head, tail, self._regions)
+        call = Call(head.plan, contents, self, number)
+        call.nbytes = total
+        if views:
+            call.use_regions(views)
+        return head, call
+
+    def _dispatch(self, kind: int, number: int, descriptors: int, body: bytes) -> None:
+        """Every frame but INFER."""
+        if not self._is_greeted:
+            self._greet(kind, body)
+        elif kind == Frame.CANCEL:
+            call = self._calls.pop(number, None)
+            if call is not None:
+                call.plan.instance.cancel(call)
+                self._send_error(number, native_head.CANCELLED)
+        elif kind == Frame.REGION:
+            self._register(number, descriptors, body)
+        elif kind == Frame.RELEASE:
+            region = self._regions.pop(number, None)
+            if region is None:
+                self._send_error(number, InvalidRequest(f"cannot release region {number}: it is not registered"))
+            else:
+                region.release()
+        elif kind == Frame.CALL:
+            self._call(number, body)
+        else:
+            raise _ProtocolBroken(f"cannot read the frame: type {kind} is not one a client sends")
+
+    def _greet(self, kind: int, body: bytes) -> None:
+        if kind != Frame.HELLO or len(body) < native.HELLO.size:
+            raise _ProtocolBroken("cannot talk: the first frame must be HELLO of the appliance's native protocol")
+        magic, version, _ = native.HELLO.unpack_from(body)
+        if magic != native.MAGIC or version != native.VERSION:
+            raise _ProtocolBroken(f"cannot talk: this daemon speaks version {native.VERSION} of the native protocol")
+        self._is_greeted = True
+        limits = self._limits
+        welcome = native.WELCOME.pack(
+            native.MAGIC, native.VERSION, 0, limits.max_request_bytes, limits.max_requests_in_flight,
+            limits.max_regions, _MAX_DESCRIPTORS, limits.max_region_bytes,
+        )  # fmt: skip
+        self._send(Frame.WELCOME, 0, welcome + __version__.encode())
+
+    def _register(self, number: int, descriptors: int, body: bytes) -> None:
+        fd = self._descriptors.popleft() if self._descriptors else -1
+        try:
+            if descriptors != 1 or fd < 0 or len(body) != native.REGION_SIZE.size:
+                raise _ProtocolBroken("cannot register the region: the frame needs one descriptor and an 8-byte size")
+            (size,) = native.REGION_SIZE.unpack(body)
+            if number in self._regions:
+                raise InvalidRequest(f"cannot register region {number}: it is registered already")
+            if len(self._regions) >= self._limits.max_regions:
+                raise Overloaded(f"cannot register the region: max_regions is {self._limits.max_regions}")
+            if size > self._limits.max_region_bytes:
+                raise InvalidRequest(
+                    f"cannot register the region: it has {size} bytes and max_region_bytes is {self._limits.max_region_bytes}"
+                )
+            taken, fd = fd, -1
+            self._regions[number] = Region(Slab.adopt(taken, size), lambda: self._send(Frame.RELEASED, number, b""))
+            self._send(Frame.REGION_READY, number, b"")
+        except ApplianceError as error:
+            self._send_error(number, error)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _call(self, number: int, body: bytes) -> None:
+        if number in self._calls or number in self._tasks:
+            raise _ProtocolBroken(f"cannot take call {number}: a request of that id is in flight")
+        if not body or len(body) < 1 + body[0]:
+            raise _ProtocolBroken("cannot read the call: the method's name is truncated")
+        if len(self._tasks) >= self._limits.max_requests_in_flight:
+            self._send_error(number, Overloaded("cannot take the call: too many of this connection are in flight"))
+            return
+        method = body[1 : 1 + body[0]].decode("ascii", "replace")
+        self._tasks[number] = self._loop.create_task(self._answer_call(number, method, body[1 + body[0] :]))
+
+    async def _answer_call(self, number: int, method: str, body: bytes) -> None:
+        try:
+            reply = await dispatch_unary(self._engine, self.peer, method, body)
+            self._send(Frame.REPLY, number, reply)
+        except ApplianceError as error:
+            self._send_error(number, error)
+        except Exception:
+            reference = uuid.uuid4().hex
+            _log.exception("request %s failed", reference)
+            self._send_error(number, ApplianceError(f"internal error; the log has it as {reference}"))
+        finally:
+            self._tasks.pop(number, None)
+
+    # ---------------------------------------------------------------- answers
+
+    def deliver(self, call: Call, table: OutputTable, memory: memoryview, row: int, timings: Timings) -> None:
+        """Frame an answer; it goes out at the next `flush`."""
+        if self._calls.pop(call.id, None) is None:
+            return
+        plan = call.plan
+        head = plan.heads.get(table.signature)
+        if head is None:
+            head = plan.heads[table.signature] = native_head.encode_answer_head(plan, table)
+        rows = plan.rows
+        contents = [table.view(index, memory, row, rows)[1] for index in plan.outputs]
+        length = native.TIMINGS.size + len(head)
+        for content in contents:
+            length += len(content)
+        if length > _MAX_U32:
+            self._send_error(call.id, InvalidRequest("cannot send the answer: it is larger than a frame can be"))
+            return
+        self._out.append(
+            HEADER.pack(length, Frame.RESULT, 0, 0, call.id, len(head), 0)
+            + native.TIMINGS.pack(
+                timings.decode_ns // 1000,
+                call.tokenise_ns // 1000,
+                call.queue_ns // 1000,
+                timings.copy_ns // 1000,
+                timings.compute_ns // 1000,
+                timings.postprocess_ns // 1000,
+                timings.batch_rows,
+            )
+            + head
+        )
+        self._out += contents
+
+    def fail(self, call: Call, error: ApplianceError) -> None:
+        """Frame an error; it goes out at the next `flush`."""
+        if self._calls.pop(call.id, None) is not None:
+            self._frame(Frame.ERROR, call.id, native.pack_error(error.kind, str(error), error.is_retryable))
+
+    def _send_error(self, number: int, error: ApplianceError) -> None:
+        self._send(Frame.ERROR, number, native.pack_error(error.kind, str(error), error.is_retryable))
+
+    def _frame(self, kind: Frame, number: int, body: bytes) -> None:
+        self._out.append(HEADER.pack(len(body), kind, 0, 0, number, 0, 0) + body)
+
+    def _send(self, kind: Frame, number: int, body: bytes) -> None:
+        if not self._is_closed:
+            self._frame(kind, number, body)
+            self.flush()
+
+    def go_away(self) -> None:
+        """Tell the client that the daemon drains."""
+        self._send(Frame.GOAWAY, 0, b"")
+
+    def flush(self) -> None:
+        """Write what is framed; what the socket does not take is copied and kept."""
+        out, self._out = self._out, []
+        if not out or self._is_closed:
+            return
+        if self._backlog:
+            for part in out:
+                self._backlog += part
+            self._check_backlog()
+            return
+        total = 0
+        for part in out:
+            total += len(part)
+        try:
+            if total <= _JOIN_BYTES:
+                joined: Buffer = out[0] if len(out) == 1 else b"".join(out)
+                sent = self._socket.send(joined)
+                if sent == total:
+                    return
+                self._backlog += memoryview(joined)[sent:]
+            else:
+                self._write_parts(out)
+        except BlockingIOError:
+            for part in out:
+                self._backlog += part
+        except OSError:
+            self.close()
+            return
+        if self._backlog:
+            self._loop.add_writer(self._fd, self._on_writable)
+            self._check_backlog()
+
+    def _write_parts(self, out: list[Buffer]) -> None:
+        """Write many or large parts without joining them; the rest goes to the backlog."""
+        place = 0
+        while place < len(out):
+            chunk: list[Any] = out[place : place + _MAX_BUFFERS]
+            wanted = sum(len(part) for part in chunk)
+            try:
+                sent = self._socket.sendmsg(chunk)
+            except BlockingIOError:
+                sent = 0
+            place += len(chunk)
+            if sent < wanted:
+                for part in chunk:
+                    if sent >= len(part):
+                        sent -= len(part)
+                    else:
+                        self._backlog += memoryview(part)[sent:]
+                        sent = 0
+                for part in out[place:]:
+                    self._backlog += part
+                return
+
+    def _on_writable(self) -> None:
+        try:
+            sent = self._socket.send(self._backlog)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        del self._backlog[:sent]
+        if not self._backlog:
+            self._loop.remove_writer(self._fd)
+        if self._is_paused and len(self._backlog) < _PAUSE_BYTES:
+            self._is_paused = False
+            self._loop.add_reader(self._fd, self._on_readable)
+
+    def _check_backlog(self) -> None:
+        """A client that reads too slowly is not read from; one that does not read at all is closed."""
+        if len(self._backlog) > self._limits.max_unsent_bytes:
+            _log.warning("closing a connection of uid %s: it leaves its answers unread", self.peer.uid)
+            self.close()
+        elif len(self._backlog) > _PAUSE_BYTES and not self._is_paused:
+            self._is_paused = True
+            self._loop.remove_reader(self._fd)
+
+    # ---------------------------------------------------------------- ending
+
+    def _end(self, reason: str) -> None:
+        """Say why, and close."""
+        self._send_error(0, InvalidRequest(reason))
+        self.close()
+
+    def close(self) -> None:
+        """Close at once; what is in flight is withdrawn, regions go when nothing uses them."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._socket.close()
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors.clear()
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.plan.instance.cancel(call)
+        for task in tuple(self._tasks.values()):
+            task.cancel()
+        regions, self._regions = self._regions, {}
+        for region in regions.values():
+            region.release()
+        self._heads.clear()
+        self._out.clear()
+        self._backlog.clear()
+        self._lobby.left(self)

@@ -1,0 +1,98 @@
+"""Open Inference Protocol REST: what models are and how they fare, as JSON values in Triton's shape."""
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from appliance.metrics import BatchStatistics, Duration, ModelStatistics
+from appliance.types import ModelDescription, ModelState, ModelStatus, TensorSpec
+
+#: Extensions the server metadata names; Triton's words.
+EXTENSIONS: Final = ("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
+
+#: Triton's words for the states, by ours.
+_INDEX_STATE: Final = {
+    ModelState.READY: "READY",
+    ModelState.LOADING: "LOADING",
+    ModelState.RESTARTING: "LOADING",
+    ModelState.UNLOADING: "UNLOADING",
+}
+
+
+def _metadata_tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+
+
+def metadata(description: ModelDescription) -> dict[str, Any]:
+    """Answer of ``GET /v2/models/{model}``."""
+    return {
+        "name": description.name,
+        "versions": description.versions,
+        "platform": description.platform,
+        "inputs": [_metadata_tensor(spec) for spec in description.inputs],
+        "outputs": [_metadata_tensor(spec) for spec in description.outputs],
+    }
+
+
+def _config_tensor(spec: TensorSpec, is_batched: bool) -> dict[str, Any]:
+    kind = "STRING" if spec.datatype == "BYTES" else spec.datatype
+    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": spec.shape[1:] if is_batched else spec.shape}
+
+
+def config(description: ModelDescription) -> dict[str, Any]:
+    """Answer of ``GET /v2/models/{model}/config``: the part of Triton's ModelConfig that clients read."""
+    is_batched = description.max_batch_size > 0
+    return {
+        "name": description.name,
+        "platform": description.platform,
+        "backend": description.status.backend,
+        "version_policy": {"specific": {"versions": [int(description.version)]}},
+        "max_batch_size": description.max_batch_size,
+        "input": [_config_tensor(spec, is_batched) for spec in description.inputs],
+        "output": [_config_tensor(spec, is_batched) for spec in description.outputs],
+    }
+
+
+def _duration(duration: Duration) -> dict[str, int]:
+    return {"count": duration.count, "ns": duration.ns}
+
+
+def _batch(rows: int, batch: BatchStatistics) -> dict[str, Any]:
+    return {
+        "batch_size": rows,
+        "compute_input": _duration(batch.compute_input),
+        "compute_infer": _duration(batch.compute_infer),
+        "compute_output": _duration(batch.compute_output),
+    }
+
+
+def _model_statistics(status: ModelStatus, statistics: ModelStatistics) -> dict[str, Any]:
+    stages = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+    inference = {stage: _duration(getattr(statistics, stage)) for stage in stages}
+    return {
+        "name": status.name,
+        "version": status.version,
+        "last_inference": statistics.last_inference_ms,
+        "inference_count": statistics.inference_count,
+        "execution_count": statistics.execution_count,
+        "inference_stats": inference | {"cache_hit": _duration(Duration()), "cache_miss": _duration(Duration())},
+        "batch_stats": [_batch(rows, statistics.batches[rows]) for rows in sorted(statistics.batches)],
+    }
+
+
+def statistics(rows: Iterable[tuple[ModelStatus, ModelStatistics]]) -> dict[str, Any]:
+    """Answer of ``GET /v2/models/{model}/stats``."""
+    return {"model_stats": [_model_statistics(status, counters) for status, counters in rows]}
+
+
+def repository_index(statuses: Iterable[ModelStatus], ready_only: bool) -> list[dict[str, str]]:
+    """Answer of ``POST /v2/repository/index``."""
+    return [
+        {
+            "name": status.name,
+            "version": status.version,
+            "state": _INDEX_STATE.get(status.state, "UNAVAILABLE"),
+            "reason": status.reason or ("" if status.state is ModelState.READY else status.state.value),
+        }
+        for status in statuses
+        if not ready_only or status.state is ModelState.READY
+    ]

@@ -1,0 +1,1 @@
+"""Runs in worker processes only: loads one session through a backend and answers batches."""

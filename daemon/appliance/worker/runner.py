@@ -1,0 +1,103 @@
+"""Runs one batch and answers it."""
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from appliance.wire.worker import DONE_HEADER, Kind
+from appliance.worker.answer import Written, fault, with_row_errors, write_outputs
+from appliance.worker.link import Link
+from appliance.worker.messages import presentable
+from appliance.worker.model import ContractBroken, ServedModel
+from appliance.worker.plan import Plan
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch, ready to run.
+
+    Attributes:
+        number: The front-end's.
+        plan: What its layout says.
+        pictures: The tensor made from its pictures, or None.
+        row_errors: Why a row's picture could not be decoded, by row.
+        decode_ns: How long decoding took.
+    """
+
+    number: int
+    plan: Plan
+    pictures: "NDArray[Any] | None" = None
+    row_errors: dict[int, str] = field(default_factory=dict)
+    decode_ns: int = 0
+
+
+def run(model: ServedModel, link: Link, batch: Batch) -> None:
+    """Run, post-process, copy out and send DONE or FAULT.
+
+    Raises:
+        OSError: The front-end is gone.
+    """
+    plan = batch.plan
+    written: Written | None = None
+    try:
+        feeds = plan.feeds
+        if plan.fresh or batch.pictures is not None:
+            feeds = dict(feeds)
+            for name, make in plan.fresh:
+                feeds[name] = make()
+            if model.pictures is not None and batch.pictures is not None:
+                feeds[model.pictures.tensor] = batch.pictures
+        started = time.monotonic_ns()
+        results = model.session.run(feeds, plan.runs)
+        computed = time.monotonic_ns()
+        if plan.needs_classes:
+            results = _classified(model, plan, results)
+        postprocessed = time.monotonic_ns()
+        written = write_outputs(model, plan, results)
+        packet = with_row_errors(written, batch.row_errors) if batch.row_errors else written.packet
+    except Exception as error:  # whatever the runtime raises fails this batch and no other
+        if written is not None and written.fd >= 0:
+            os.close(written.fd)
+        link.send(fault(plan.slot, batch.number, _reason(error)))
+        return
+    copied = time.monotonic_ns()
+    DONE_HEADER.pack_into(
+        packet,
+        0,
+        Kind.DONE,
+        plan.slot,
+        written.tensors,
+        len(batch.row_errors),
+        batch.number,
+        batch.decode_ns,
+        0,
+        computed - started,
+        postprocessed - computed,
+        copied - postprocessed,
+    )
+    if written.fd < 0:
+        link.send(packet)
+        return
+    try:
+        link.send(packet, [written.fd])
+    finally:
+        os.close(written.fd)
+
+
+def _classified(model: ServedModel, plan: Plan, results: "Any") -> "dict[str, NDArray[Any]]":
+    classifier = model.classifier
+    if classifier is None:
+        raise ContractBroken("it has no classes")
+    logits = next(spec for spec in model.outputs if spec.name == classifier.logits)
+    checked = model.check_output(logits, results.get(logits.name), plan.rows)
+    return {**results, **classifier.classify(checked)}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ContractBroken):
+        return f"cannot run the batch: the backend broke its contract: {error}"
+    return f"cannot run the batch: {presentable(error)}"

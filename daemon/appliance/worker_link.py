@@ -1,0 +1,313 @@
+"""The front-end's end of one worker: its process, its socket, its slabs. Frames go out and come in; nothing is decided."""
+
+import array
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from appliance.call import Call
+from appliance.errors import KINDS, BackendError, WorkerLost
+from appliance.slab import Slab
+from appliance.wire import worker as frames
+from appliance.wire import worker_pb2
+
+_log = logging.getLogger("appliance.worker")
+
+#: Lines of a worker's standard error that reach the log in one second.
+_MAX_LINES_A_SECOND: Final = 50
+_FD_BYTES: Final = array.array("i").itemsize
+_PACKET_BYTES: Final = frames.MAX_PACKET_BYTES
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * _FD_BYTES)
+
+
+class Slot:
+    """One of a worker's pairs of slabs, and the batch that occupies it.
+
+    Attributes:
+        number: The slot's number on the wire.
+        input: Where the batch's inputs are gathered.
+        output: Where the worker writes.
+        calls: The batch; empty while the slot is free.
+        batch: The batch's number.
+        started_ns: When it was sent.
+        copy_ns: What gathering it took.
+        spill: A slab made for this batch alone, where the inputs outgrew the slot's.
+        spill_region: The spill's number on the wire.
+    """
+
+    __slots__ = ("batch", "calls", "copy_ns", "input", "number", "output", "spill", "spill_region", "started_ns")
+
+    def __init__(self, number: int, input_bytes: int, output_bytes: int) -> None:
+        self.number = number
+        self.input = Slab.create(input_bytes, "appliance-input")
+        self.output = Slab.create(output_bytes, "appliance-output")
+        self.calls: list[Call] = []
+        self.batch = 0
+        self.started_ns = 0
+        self.copy_ns = 0
+        self.spill: Slab | None = None
+        self.spill_region = 0
+
+    def close(self) -> None:
+        """Give the shared memory back."""
+        for slab in (self.input, self.output, self.spill):
+            if slab is not None:
+                slab.close()
+        self.spill = None
+
+
+class LinkListener(Protocol):
+    """Who hears what a worker says."""
+
+    def on_done(self, packet: memoryview, attached: Slab | None) -> None:
+        """A batch was answered. `packet` is valid during the call; `attached` is the listener's to close."""
+        ...
+
+    def on_fault(self, slot: int, batch: int, message: str) -> None:
+        """A batch failed as a whole and the worker lives."""
+        ...
+
+    def on_lost(self, reason: str) -> None:
+        """The worker is gone. Said once."""
+        ...
+
+
+class WorkerLink:
+    """One worker process.
+
+    Attributes:
+        pid: Process id, or None before the start.
+        loaded: What the worker said of the session it loaded.
+        last_heard_ns: When the worker last said anything.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, listener: LinkListener, label: str) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._label = label
+        self._socket: socket.socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._stderr: asyncio.Task[None] | None = None
+        self._greeting: asyncio.Future[worker_pb2.Loaded] | None = None
+        self._outgoing: deque[tuple[bytes, list[int]]] = deque()
+        self._buffer = memoryview(bytearray(_PACKET_BYTES))
+        self._is_lost = False
+        self._mapped: set[int] = set()
+        self.loaded = worker_pb2.Loaded()
+        self.last_heard_ns = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id while there is a process."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self, python: str, load: worker_pb2.Load, timeout_seconds: float) -> worker_pb2.Loaded:
+        """Spawn the worker and have it load.
+
+        Raises:
+            ApplianceError: As the worker reported it; `WorkerLost` where it died, `BackendError` where it took too long.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._greeting = self._loop.create_future()
+        try:
+            with theirs:
+                ours.setblocking(False)
+                environment = {k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID")}
+                self._process = await asyncio.create_subprocess_exec(
+                    python or sys.executable, "-P", "-m", "appliance.worker", "--fd", str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),), env=environment,
+                    stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+                )  # fmt: skip
+        except OSError as error:
+            ours.close()
+            raise BackendError(f"cannot start a worker: {error.strerror}") from error
+        self._socket = ours
+        self._stderr = self._loop.create_task(self._read_stderr())
+        self._loop.add_reader(ours, self._on_readable)
+        self.send(bytes((frames.Kind.LOAD,)) + load.SerializeToString())
+        try:
+            self.loaded = await asyncio.wait_for(self._greeting, timeout_seconds)
+        except TimeoutError:
+            await self.close()
+            raise BackendError(f"cannot load the model: loading took longer than {timeout_seconds:g} s") from None
+        except BaseException:
+            await self.close()
+            raise
+        return self.loaded
+
+    def make_slot(self, number: int, input_bytes: int, output_bytes: int) -> Slot:
+        """Make a pair of slabs and hand it to the worker."""
+        slot = Slot(number, input_bytes, output_bytes)
+        packet = frames.SLAB.pack(frames.Kind.SLAB, number, 0, 0, input_bytes, output_bytes)
+        self.send(packet, (slot.input.fd, slot.output.fd))
+        return slot
+
+    def map_region(self, region: int, slab: Slab) -> None:
+        """Let the worker map `slab` as `region`; does nothing where it has it already."""
+        if region not in self._mapped:
+            self._mapped.add(region)
+            self.send(frames.REGION.pack(frames.Kind.MAP, 0, 0, region, slab.size), (slab.fd,))
+
+    def unmap_region(self, region: int) -> None:
+        """Let the worker forget `region`."""
+        if region in self._mapped:
+            self._mapped.discard(region)
+            self.send(frames.REGION.pack(frames.Kind.UNMAP, 0, 0, region, 0))
+
+    def send(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send a packet, or keep it until the worker has taken what it was sent before."""
+        if self._socket is None or self._is_lost:
+            return
+        if not self._outgoing:
+            try:
+                if descriptors:
+                    socket.send_fds(self._socket, [packet], list(descriptors))
+                else:
+                    self._socket.send(packet)
+                return
+            except BlockingIOError:
+                self._loop.add_writer(self._socket, self._on_writable)
+            except OSError:
+                return  # the reader sees the end of file and says so
+        self._outgoing.append((packet, [os.dup(fd) for fd in descriptors]))
+
+    def _on_writable(self) -> None:
+        while self._outgoing and self._socket is not None:
+            packet, descriptors = self._outgoing[0]
+            try:
+                socket.send_fds(self._socket, [packet], descriptors)
+            except BlockingIOError:
+                return
+            except OSError:
+                break
+            self._outgoing.popleft()
+            for fd in descriptors:
+                os.close(fd)
+        if self._socket is not None:
+            self._loop.remove_writer(self._socket)
+
+    def _on_readable(self) -> None:
+        connection = self._socket
+        if connection is None:
+            return
+        try:
+            size, ancillary, _, _ = connection.recvmsg_into((self._buffer,), _ANCILLARY_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            size, ancillary = 0, []
+        if size == 0:
+            self._lose()
+            return
+        self.last_heard_ns = time.monotonic_ns()
+        kind = self._buffer[0]
+        if kind == frames.Kind.DONE:
+            attached = self._adopt(ancillary) if ancillary else None
+            self._listener.on_done(self._buffer[:size], attached)
+        elif kind == frames.Kind.FAULT:
+            _, slot, _, _, batch = frames.FAULT_HEADER.unpack_from(self._buffer)
+            message = bytes(self._buffer[frames.FAULT_HEADER.size : size]).decode("utf-8", "replace")
+            self._listener.on_fault(slot, batch, message)
+        elif kind != frames.Kind.PONG:
+            self._on_greeting(kind, bytes(self._buffer[1:size]))
+
+    def _on_greeting(self, kind: int, body: bytes) -> None:
+        if self._greeting is None or self._greeting.done():
+            return
+        if kind == frames.Kind.LOADED:
+            self._greeting.set_result(worker_pb2.Loaded.FromString(body))
+        elif kind == frames.Kind.FAILED:
+            failed = worker_pb2.Failed.FromString(body)
+            self._greeting.set_exception(KINDS.get(failed.kind, BackendError)(failed.message))
+
+    @staticmethod
+    def _adopt(ancillary: Sequence[tuple[int, int, bytes]]) -> Slab:
+        descriptors = array.array("i")
+        for _, _, content in ancillary:
+            descriptors.frombytes(content[: len(content) - len(content) % _FD_BYTES])
+        for fd in descriptors[1:]:
+            os.close(fd)
+        return Slab.adopt(descriptors[0], os.fstat(descriptors[0]).st_size)
+
+    def _lose(self) -> None:
+        if self._is_lost:
+            return
+        self._is_lost = True
+        self._close_socket()
+        self._loop.create_task(self._report_loss())
+
+    async def _report_loss(self) -> None:
+        reason = await self._end_process()
+        if self._greeting is not None and not self._greeting.done():
+            self._greeting.set_exception(WorkerLost(f"cannot load the model: the worker {reason}"))
+        else:
+            self._listener.on_lost(reason)
+
+    def kill(self) -> None:
+        """End the worker at once; `LinkListener.on_lost` follows."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def close(self) -> None:
+        """End the worker without telling the listener, and reap it."""
+        self._is_lost = True
+        self._close_socket()
+        await self._end_process()
+
+    def _close_socket(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()
+            self._socket = None
+        for _, descriptors in self._outgoing:
+            for fd in descriptors:
+                os.close(fd)
+        self._outgoing.clear()
+
+    async def _end_process(self) -> str:
+        """Reap the process, by force if it does not go; returns how it ended."""
+        process = self._process
+        if process is None:
+            return "was never started"
+        try:
+            await asyncio.wait_for(process.wait(), 0.25)
+        except TimeoutError:
+            self.kill()
+            await process.wait()
+        if self._stderr is not None:
+            await asyncio.wait({self._stderr}, timeout=0.25)
+            self._stderr.cancel()
+        code = process.returncode or 0
+        if code < 0:
+            return f"was ended by {signal.Signals(-code).name}"
+        return f"exited with code {code}"
+
+    async def _read_stderr(self) -> None:
+        """Pass a worker's standard error on to the log, a bounded number of lines a second, and never let it block."""
+        stream = self._process.stderr if self._process is not None else None
+        if stream is None:
+            return
+        second, lines = 0, 0
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:  # a line longer than the stream's limit; what is buffered is dropped
+                continue
+            if not line:
+                return
+            now = int(time.monotonic())
+            second, lines = (now, 1) if now != second else (second, lines + 1)
+            if lines <= _MAX_LINES_A_SECOND:
+                _log.info("%s: %s", self._label, line.decode("utf-8", "replace").rstrip()[:500])
+            elif lines == _MAX_LINES_A_SECOND + 1:
+                _log.warning("%s: writes too much to standard error; the rest of this second is dropped", self._label)

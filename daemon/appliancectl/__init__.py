@@ -1,0 +1,1 @@
+"""Administers the appliance from the command line."""
