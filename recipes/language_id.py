@@ -1,6 +1,6 @@
 """Train the `language-id` sample model: which language a text is in.
 
-    python recipes/language_id.py models/language-id --packages /tmp/recipe-packages
+    python recipes/language_id.py models/language-id --packages ../recipe-packages
 
 A byte-level BPE tokenizer, an embedding per token, one convolution over neighbouring tokens, the mean over the real
 tokens, one dense layer. Needs `apt-get` and `dpkg-deb` of Debian 12; see `catalogues.py` for the texts.

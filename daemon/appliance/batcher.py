@@ -8,7 +8,7 @@ waits for more. The module knows no model semantics, no sockets and no clock.
 from collections import deque
 from typing import Final, Protocol
 
-from appliance.call import Call, CallState
+from appliance.call import FINISHED, QUEUED, RUNNING, Call
 from appliance.errors import Overloaded
 
 #: Finished calls still standing in the queues before they are swept out.
@@ -90,7 +90,7 @@ class Batcher:
             self._append(call)
 
     def _append(self, call: Call) -> None:
-        call.state = CallState.QUEUED
+        call.state = QUEUED
         self.queued += 1
         self.queued_bytes += call.nbytes
         self.queued_rows += call.plan.rows
@@ -103,7 +103,7 @@ class Batcher:
 
     def withdraw(self, call: Call) -> None:
         """Take a queued call out; its state becomes FINISHED and no batch will hold it."""
-        call.state = CallState.FINISHED
+        call.state = FINISHED
         self._count_out(call)
         call.let_go()
         if len(self._arrivals) > 2 * self.queued + _MAX_STALE:
@@ -118,7 +118,7 @@ class Batcher:
             in_flight: Batches the worker already has.
         """
         arrivals = self._arrivals
-        while arrivals and arrivals[0].state is not CallState.QUEUED:
+        while arrivals and arrivals[0].state is not QUEUED:
             arrivals.popleft()
         if not arrivals:
             return []
@@ -131,13 +131,13 @@ class Batcher:
         rows = nbytes = 0
         while queue:
             call = queue[0]
-            if call.state is not CallState.QUEUED:
+            if call.state is not QUEUED:
                 queue.popleft()
                 continue
             if batch and (rows + call.plan.rows > limit or nbytes + call.nbytes > max_bytes or call.is_alone):
                 break
             queue.popleft()
-            call.state = CallState.RUNNING
+            call.state = RUNNING
             self._count_out(call)
             batch.append(call)
             rows += call.plan.rows
@@ -150,7 +150,7 @@ class Batcher:
 
     def drain(self) -> list[Call]:
         """Take every queued call, oldest first."""
-        calls = [call for call in self._arrivals if call.state is CallState.QUEUED]
+        calls = [call for call in self._arrivals if call.state is QUEUED]
         self._arrivals.clear()
         self._queues.clear()
         self.queued = self.queued_bytes = self.queued_rows = 0

@@ -27,11 +27,14 @@ class RepositorySection(_Section):
         path: The model repository.
         load: Names loaded at start; ``["*"]`` for every model there is.
         strict: The daemon is not ready while a startup model has failed.
+        cache: Directory of compiled models; empty for ``$CACHE_DIRECTORY``, ``$XDG_CACHE_HOME/inference-appliance`` or
+            ``~/.cache/inference-appliance``, the first that is set.
     """
 
     path: str = "models"
     load: list[str] = ["*"]
     strict: bool = False
+    cache: str = ""
 
 
 class ListenSection(_Section):
@@ -156,6 +159,15 @@ class Config(_Section):
     shutdown: ShutdownSection = ShutdownSection()
     log: LogSection = LogSection()
     backends: dict[str, BackendSection] = {}
+
+    def cache_directory(self) -> Path:
+        """Where compiled models go."""
+        if self.repository.cache:
+            return Path(self.repository.cache).absolute()
+        service = os.environ.get("CACHE_DIRECTORY")
+        if service:
+            return Path(service.partition(":")[0])
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-appliance"
 
     def socket_directory(self) -> Path:
         """Where the Unix sockets go."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from appliance.call import Call, CallState
+from appliance.call import FINISHED, Call
 
 #: Finished calls in the heap before it is rebuilt.
 _MAX_STALE: Final = 4096
@@ -29,7 +29,7 @@ class Deadlines:
         self._sequence += 1
         heapq.heappush(self._heap, (call.deadline_ns, self._sequence, call))
         if len(self._heap) > self._limit:
-            self._heap = [entry for entry in self._heap if entry[2].state is not CallState.FINISHED]
+            self._heap = [entry for entry in self._heap if entry[2].state is not FINISHED]
             heapq.heapify(self._heap)
             self._limit = max(_MAX_STALE, 2 * len(self._heap))
         if self._timer is None or call.deadline_ns < self._timer_ns:
@@ -46,9 +46,9 @@ class Deadlines:
         self._timer = None
         heap = self._heap
         now = time.monotonic_ns()
-        while heap and (heap[0][0] <= now or heap[0][2].state is CallState.FINISHED):
+        while heap and (heap[0][0] <= now or heap[0][2].state is FINISHED):
             call = heapq.heappop(heap)[2]
-            if call.state is not CallState.FINISHED:
+            if call.state is not FINISHED:
                 self._expire(call)
         if heap:
             self._arm(heap[0][0])

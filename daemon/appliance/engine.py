@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from appliance.call import Call, CallState, OutputTable, Plan
+from appliance.call import FINISHED, NEW, Call, OutputTable, Plan
 from appliance.config import Config
 from appliance.deadline import Deadlines
 from appliance.errors import ApplianceError, BackendError, ModelNotFound, ShuttingDown
@@ -103,7 +103,8 @@ class Engine:
     def _model_or_new(self, name: str) -> Model:
         model = self._models.get(name)
         if model is None:
-            model = Model(name, self._repository / name, self._config.workers, self._deadlines, self._model_changed)
+            directory, cache = self._repository / name, self._config.cache_directory()
+            model = Model(name, directory, cache, self._config.workers, self._deadlines, self._model_changed)
             self._models[name] = model
         return model
 
@@ -261,7 +262,7 @@ class Engine:
             if model.encoder is None:
                 raise instance.refusal()
             tokens = await self._loop.run_in_executor(self._threads, model.encoder.encode, texts)
-            if call.state is CallState.NEW:
+            if call.state is NEW:
                 instance.give_tokens(call, place, tokens)
                 model.statistics.tokenise.add(tokens.took_ns)
                 instance.submit(call)
@@ -298,7 +299,7 @@ class Engine:
 
 
 def _fail(call: Call, error: ApplianceError) -> None:
-    call.state = CallState.FINISHED
+    call.state = FINISHED
     call.let_go()
     call.sink.fail(call, error)
     call.sink.flush()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from appliance.batcher import Batcher, EagerPolicy
-from appliance.call import Call, CallState, OutputTable, Plan, Sink
+from appliance.call import FINISHED, NEW, QUEUED, RUNNING, Call, OutputTable, Plan, Sink
 from appliance.config import WorkersSection
 from appliance.deadline import Deadlines
 from appliance.errors import (
@@ -46,6 +46,7 @@ _MAX_SLAB_BYTES: Final = 1 << 26
 _GUESSED_DIMENSION: Final = 256
 #: Plans for tokenised texts kept; all are dropped when there are more.
 _MAX_TEXT_PLANS: Final = 256
+_RUN: Final = int(frames.Kind.RUN)
 _MINUTE_NS: Final = 60_000_000_000
 _BACKOFF_LIMIT_SECONDS: Final = 30.0
 
@@ -250,7 +251,7 @@ class Instance:
                 self._suspects.judge(call, call.admitted_ns)
             self._batcher.admit(call)
         except ApplianceError as error:
-            call.state = CallState.FINISHED
+            call.state = FINISHED
             call.let_go()
             self._statistics.refuse(error.kind)
             raise
@@ -262,10 +263,10 @@ class Instance:
 
         The sink hears of it only where `error` is given.
         """
-        if call.state is CallState.QUEUED:
+        if call.state is QUEUED:
             self._batcher.withdraw(call)
-        elif call.state in (CallState.RUNNING, CallState.NEW):
-            call.state = CallState.FINISHED
+        elif call.state in (RUNNING, NEW):
+            call.state = FINISHED
         else:
             return
         self._statistics.cancelled += 1
@@ -345,7 +346,7 @@ class Instance:
         slot.copy_ns = slot.started_ns - began
         link.send(
             frames.RUN_HEADER.pack(
-                frames.Kind.RUN, slot.number, gathered.tensors, gathered.rows, slot.batch, gathered.wanted
+                _RUN, slot.number, gathered.tensors, gathered.rows, slot.batch, gathered.wanted
             )
             + gathered.layout
         )
@@ -405,8 +406,8 @@ class Instance:
         row = 0
         for call in calls:
             taken = call.plan.rows
-            if call.state is CallState.RUNNING:
-                call.state = CallState.FINISHED
+            if call.state is RUNNING:
+                call.state = FINISHED
                 problem = next((failed_rows[r] for r in range(row, row + taken) if r in failed_rows), "") if failed_rows else ""
                 if problem:
                     call.sink.fail(call, InvalidRequest(problem))
@@ -431,7 +432,7 @@ class Instance:
             self._break_contract("failed a batch it was not given")
             return
         calls = slot.calls
-        waiting = [call for call in calls if call.state is CallState.RUNNING]
+        waiting = [call for call in calls if call.state is RUNNING]
         if len(calls) > 1:
             for call in waiting:
                 call.is_alone = True
@@ -439,7 +440,7 @@ class Instance:
         else:
             self._fail(waiting, BackendError(f"cannot run the request: {message}"))
         for call in calls:
-            if call.state is CallState.FINISHED:
+            if call.state is FINISHED:
                 call.let_go()
         self._release(slot)
 
@@ -461,8 +462,8 @@ class Instance:
     def _fail(self, calls: list[Call], error: ApplianceError) -> None:
         now = time.monotonic_ns()
         for call in calls:
-            if call.state is not CallState.FINISHED:
-                call.state = CallState.FINISHED
+            if call.state is not FINISHED:
+                call.state = FINISHED
                 self._statistics.fail.add(now - call.admitted_ns)
                 call.sink.fail(call, error)
                 call.sink.flush()

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import json
 import logging
@@ -64,6 +65,13 @@ def _say(state: str) -> None:
             notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
         except OSError as error:
             _log.warning("cannot notify systemd: %s", error.strerror)
+
+
+def _return_memory() -> None:
+    """Give what start-up freed back to the kernel; the C library would keep it. Does nothing where it is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Daemon:
@@ -136,6 +144,7 @@ class Daemon:
             # What start-up made lives as long as the daemon: collections need not look at it again.
             gc.collect()
             gc.freeze()
+            _return_memory()
         else:
             starting.cancel()
         await stopping

@@ -34,10 +34,10 @@ class _Prepared:
 
     __slots__ = ("candidates", "encoder", "fingerprint", "manifest", "version")
 
-    def __init__(self, directory: Path, records: Mapping[str, BackendRecord]) -> None:
+    def __init__(self, directory: Path, records: Mapping[str, BackendRecord], cache: Path) -> None:
         self.manifest = read_manifest(directory)
         self.version = self.manifest.versions[-1]
-        self.candidates = placements(self.manifest, directory, self.version, records)
+        self.candidates = placements(self.manifest, directory, self.version, records, cache)
         self.encoder = _read_encoder(self.manifest, directory)
         files = [Path(candidate.load.artifact_path) for candidate in self.candidates]
         stats = tuple((str(file), file.stat().st_ino, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
@@ -68,11 +68,13 @@ class Model:
         self,
         name: str,
         directory: Path,
+        cache: Path,
         settings: WorkersSection,
         deadlines: Deadlines,
         on_change: Callable[[str], None],
     ) -> None:
         self.name = name
+        self._cache = cache
         self.directory = directory
         self.statistics = ModelStatistics()
         self.encoder: TextEncoder | None = None
@@ -226,7 +228,7 @@ class Model:
     async def _load(self, records: Records) -> None:
         try:
             found = await records()
-            prepared = await asyncio.to_thread(_Prepared, self.directory, found)
+            prepared = await asyncio.to_thread(_Prepared, self.directory, found, self._cache)
             serving = self._instance
             if serving is not None and self._prepared is not None and prepared.fingerprint == self._prepared.fingerprint:
                 if serving.state is ModelState.READY:

@@ -24,8 +24,11 @@ def placements(
     directory: Path,
     version: str,
     records: Mapping[str, BackendRecord],
+    cache: Path,
 ) -> list[Placement]:
     """Candidates for a model version, the one to try first at the front.
+
+    A variant that lists the option ``cache_dir`` gets a directory below `cache` for what it compiles.
 
     Raises:
         NoPlacement: There is none; the message gives every backend with its reason.
@@ -55,7 +58,7 @@ def placements(
                     reasons.append(f"{name}: offers no variant on device {wish.device} with precision {wish.precision}")
                 rank = PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
                 found.extend(
-                    (rank, _placement(manifest, directory, version, artifact, variant, record.python))
+                    (rank, _placement(manifest, directory, version, artifact, variant, record.python, cache))
                     for variant in variants[:1]
                 )
     if not found:
@@ -65,9 +68,17 @@ def placements(
 
 
 def _placement(
-    manifest: Manifest, directory: Path, version: str, artifact: Artifact, variant: Variant, python: str
+    manifest: Manifest,
+    directory: Path,
+    version: str,
+    artifact: Artifact,
+    variant: Variant,
+    python: str,
+    cache: Path,
 ) -> Placement:
     options = {**variant.options, **manifest.placement.options}
+    if options.get("cache_dir") == "":
+        options["cache_dir"] = str(cache / variant.backend)
     load = worker_pb2.Load(
         backend=variant.backend,
         model=manifest.name,

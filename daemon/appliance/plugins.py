@@ -1,8 +1,8 @@
 """Discovery of backends through the entry-point group ``appliance.backends``.
 
-A plugin is somebody else's code, and importing it may raise, hang, crash or print, so the daemon never does: a short-lived
-child (``python -m appliance.worker.probe NAME``) imports it, asks what it can do and answers with one JSON document. What
-comes back, or why nothing did, is a value: discovery never raises.
+A plugin is somebody else's code, and importing it may raise, hang, crash or print, so the daemon never does: a
+short-lived child (``python -m appliance.worker.probe NAME``) imports it, asks what it can do and answers with one JSON
+document. What comes back, or why nothing did, is a value: discovery never raises.
 """
 
 import asyncio

@@ -7,8 +7,8 @@
         print(answer.text("label"), answer.timings)
 
 `Client` blocks and may be shared between threads, `AsyncClient` is for asyncio, `AdminClient` speaks to the HTTP
-socket. Names load on first use: importing the package alone brings in neither numpy nor protobuf nor asyncio, so a command line
-tool that needs only `AdminClient` starts fast.
+socket. Names load on first use: importing the package alone brings in neither numpy nor protobuf nor asyncio, so a
+command line tool that needs only `AdminClient` starts fast.
 """
 
 from importlib import import_module

@@ -1,6 +1,7 @@
 """One connection to the daemon for asyncio: any number of requests at a time, told apart by their ids.
 
-It reads and writes the socket itself, with the loop's `add_reader` and `add_writer`: a transport cannot send descriptors.
+It reads and writes the socket itself, with the loop's `add_reader` and `add_writer`: a transport cannot send
+descriptors.
 """
 
 import array
@@ -113,6 +114,11 @@ class AsyncConnection:
     def is_usable(self) -> bool:
         """True while new requests may be sent."""
         return self._failure is None and not self._is_draining
+
+    @property
+    def is_closed(self) -> bool:
+        """True once closed."""
+        return self._failure is not None
 
     @property
     def is_silent(self) -> bool:
@@ -391,7 +397,7 @@ class AsyncConnection:
             return self._socket.sendmsg([buffer], rights)
         if len(self._unsent) == 1:
             return self._socket.send(buffer)
-        together = []
+        together: list[Any] = []
         for buffer, descriptor in self._unsent:
             if descriptor >= 0 or len(together) == _MAX_GATHERED:
                 break

@@ -7,14 +7,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from appliance_client import calls, endpoints
-from appliance_client.connection import Connection, StaleConnection, not_due, several_answers
-from appliance_client.errors import ApplianceError, ConnectionLost, InvalidRequest
+from appliance_client.connection import Connection, StaleConnection
+from appliance_client.errors import ApplianceError, ConnectionLost
+from appliance_client.pipeline import Pipeline
 from appliance_client.regions import DEFAULT_POOL_BYTES, DEFAULT_THRESHOLD_BYTES
 from appliance_client.retry import Deadline, microseconds, pause_before, should_retry
 
@@ -161,7 +161,7 @@ class Client:
             identifier = connection.send(codec, request, timeout_us, deadline)
             has_more = True
             while has_more:
-                _, outcome, has_more = _receive(connection, codec, {identifier}, deadline)
+                _, outcome, has_more = connection.receive(codec, {identifier}, deadline)
                 if isinstance(outcome, ApplianceError):
                     raise outcome
                 if has_more or len(outcome):
@@ -195,36 +195,19 @@ class Client:
             timeout = self._timeout
         source = iter(inputs)
         is_exhausted = False
-        window: deque[tuple[int, float]] = deque()
-        due: set[int] = set()
-        done: dict[int, Answer | ApplianceError] = {}
         with self._lent(timeout) as connection:
             bound = min(max_in_flight, connection.welcome.max_requests_in_flight)
-            for position in count():
-                while not is_exhausted and len(window) < bound:
+            pipeline = Pipeline(connection, codec, timeout)
+            while True:
+                while not is_exhausted and len(pipeline) < bound and not pipeline.is_ready():
                     values = next(source, None)
                     if values is None:
                         is_exhausted = True
-                        break
-                    deadline = connection.begin(timeout)
-                    try:
-                        request = codec.request(model, values, outputs, version, None)
-                        identifier = connection.send(codec, request, microseconds(timeout), deadline)
-                        due.add(identifier)
-                    except InvalidRequest as error:
-                        identifier = -1 - position - len(window)  # nobody else's: ids on the wire are positive
-                        done[identifier] = error
-                    window.append((identifier, deadline))
-                if not window:
+                    else:
+                        pipeline.send(model, values, outputs, version)
+                if not len(pipeline):
                     return
-                first, deadline = window.popleft()
-                while first not in done:
-                    identifier, outcome, has_more = _receive(connection, codec, due, deadline)
-                    if has_more:
-                        raise several_answers()
-                    due.discard(identifier)
-                    done[identifier] = outcome
-                outcome = done.pop(first)
+                outcome = pipeline.take()
                 if isinstance(outcome, ApplianceError) and not return_errors:
                     raise outcome
                 yield outcome
@@ -375,17 +358,6 @@ class Client:
         for connection in self._idle:
             connection.close()
         self._start_empty()
-
-
-def _receive(
-    connection: Connection, codec: "Codec", due: set[int], deadline: float
-) -> "tuple[int, Answer | ApplianceError, bool]":
-    """The next outcome of one of the requests that are due."""
-    identifier, outcome, has_more = connection.receive(codec, deadline)
-    if identifier not in due:
-        connection.close()
-        raise not_due(identifier)
-    return identifier, outcome, has_more
 
 
 def _after_fork() -> None:

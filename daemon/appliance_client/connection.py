@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 JOIN_BYTES: Final = 65536
 
 _TIMEVAL: Final = struct.Struct("@ll")
-_HEADER_SIZE: Final = native.HEADER.size
+#: Id of a request, its answer or error, and whether more answers follow.
+Outcome = tuple[int, "Answer | ApplianceError", bool]
 
 
 class StaleConnection(ConnectionLost):
@@ -120,6 +122,11 @@ class Connection:
     def is_idle(self) -> bool:
         """True where the connection can take another caller: nothing outstanding, not closed, not draining."""
         return not (self._outstanding or self._is_draining or self._is_closed)
+
+    @property
+    def is_closed(self) -> bool:
+        """True once closed."""
+        return self._is_closed
 
     @property
     def is_silent(self) -> bool:
@@ -228,8 +235,8 @@ class Connection:
         self._send_all(buffers, deadline)
         return identifier
 
-    def receive(self, codec: "Codec", deadline: float) -> "tuple[int, Answer | ApplianceError, bool]":
-        """The next outcome of any outstanding request: its id, the answer or error, and whether more follow.
+    def receive(self, codec: "Codec", due: Container[int], deadline: float) -> Outcome:
+        """The next outcome of one of the requests that are `due`, waiting for it.
 
         Raises:
             ApplianceError: What became of the connection.
@@ -237,9 +244,31 @@ class Connection:
         while True:
             outcome = self._outcome(codec, self._next_frame(deadline))
             if outcome is not None:
-                return outcome
+                return self._checked(outcome, due)
 
-    def _outcome(self, codec: "Codec | None", frame: Frame) -> "tuple[int, Answer | ApplianceError, bool] | None":
+    def receive_if_any(self, codec: "Codec", due: Container[int]) -> Outcome | None:
+        """As `receive`, but None where nothing has come.
+
+        Raises:
+            ApplianceError: What became of the connection.
+        """
+        while True:
+            frame = self._frame_if_any()
+            if frame is None:
+                if not self._receive_if_any():
+                    return None
+                continue
+            outcome = self._outcome(codec, frame)
+            if outcome is not None:
+                return self._checked(outcome, due)
+
+    def _checked(self, outcome: Outcome, due: Container[int]) -> Outcome:
+        if outcome[0] not in due:
+            self.close()
+            raise _not_due(outcome[0])
+        return outcome
+
+    def _outcome(self, codec: "Codec | None", frame: Frame) -> Outcome | None:
         """What a frame means to a request; None where it means nothing to one."""
         identifier = frame.identifier
         if frame.kind == native.RESULT and codec is not None:
@@ -282,7 +311,7 @@ class Connection:
         if isinstance(outcome, ApplianceError) and identifier == self._last_id:
             return outcome
         self.close()
-        return not_due(identifier)
+        return _not_due(identifier)
 
     def _settle(self, identifier: int) -> None:
         self._outstanding -= 1
@@ -368,11 +397,10 @@ class Connection:
         poller = select.poll()
         poller.register(self._socket, select.POLLIN | select.POLLOUT)
         wait = None if deadline == math.inf else max(0.0, deadline - time.monotonic()) * 1000
-        for _, event in poller.poll(wait):
-            if event & select.POLLIN:
-                self._receive(deadline)
-                while (frame := self._reader.next()) is not None:
-                    self._arrived.append(_kept(frame))
+        poller.poll(wait)
+        if self._receive_if_any():
+            while (frame := self._frame_of_reader()) is not None:
+                self._arrived.append(_kept(frame))
 
     def _next_frame(self, deadline: float) -> Frame:
         """The next frame, waiting for it.
@@ -380,17 +408,35 @@ class Connection:
         Raises:
             ApplianceError: What became of the connection; it is closed then.
         """
-        if self._arrived:
-            return self._arrived.popleft()
+        while True:
+            frame = self._frame_if_any()
+            if frame is not None:
+                return frame
+            self._receive(deadline)
+
+    def _frame_if_any(self) -> Frame | None:
+        """The next frame among those already received."""
+        return self._arrived.popleft() if self._arrived else self._frame_of_reader()
+
+    def _frame_of_reader(self) -> Frame | None:
         try:
-            frame = self._reader.next()
-            while frame is None:
-                self._receive(deadline)
-                frame = self._reader.next()
+            return self._reader.next()
         except ProtocolError:
             self.close()
             raise
-        return frame
+
+    def _receive_if_any(self) -> bool:
+        """Receive without waiting; False where nothing has come."""
+        try:
+            count = self._receive_into(self._reader.space(), 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError as problem:
+            raise self._lost(problem) from None
+        if not count:
+            raise self._lost(None)
+        self._reader.received(count)
+        return True
 
     def _receive(self, deadline: float) -> None:
         reader = self._reader

@@ -139,10 +139,9 @@ class Unimplemented(ApplianceError):
     kind = "unimplemented"
 
 
+_SENT: Final[tuple[type[ApplianceError], ...]] = (ApplianceError, *ApplianceError.__subclasses__())
 #: Classes by the kinds that travel on the wire.
-KINDS: Final[dict[str, type[ApplianceError]]] = {
-    error.kind: error for error in [ApplianceError, *ApplianceError.__subclasses__()]
-}
+KINDS: Final = {error.kind: error for error in _SENT}
 
 
 class ConnectionLost(ApplianceError, ConnectionError):

@@ -27,6 +27,8 @@ REGION_ALIGNMENT: Final = 64
 
 _TIMINGS_SIZE: Final = native.TIMINGS.size
 
+_PARAMETER_FIELDS: Final = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+
 #: What determines a head: model, version, outputs, parameters, then name, datatype and shape of each input.
 Signature = tuple[Any, ...]
 
@@ -59,9 +61,7 @@ class Request(NamedTuple):
     def buffers(self) -> list[Any]:
         """All inputs as flat buffers, without copying those that are contiguous."""
         return [
-            content
-            if isinstance(content, bytes)
-            else np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
+            content if isinstance(content, bytes) else np.ascontiguousarray(content).reshape(-1).view(np.uint8).data
             for content in self.contents
         ]
 
@@ -188,8 +188,16 @@ class Codec:
 
 
 def _parameter_key(parameters: Mapping[str, Parameter]) -> tuple[tuple[str, str, Parameter], ...]:
-    """Parameters in one order, with their types: True and 1 are equal, and not the same parameter."""
-    return tuple((name, type(value).__name__, value) for name, value in sorted(parameters.items()))
+    """Parameters in one order, with the field each travels in: True and 1 are equal, and not the same parameter."""
+    key = []
+    for name, value in sorted(parameters.items()):
+        field = _PARAMETER_FIELDS.get(type(value))
+        if field is None:
+            raise InvalidRequest(
+                f"cannot send parameter {name!r}: it is a {type(value).__name__}, not a bool, int, float or str"
+            )
+        key.append((name, field, value))
+    return tuple(key)
 
 
 def _request_head(signature: Signature, places: Sequence[tuple[int, int, int]] = ()) -> bytes:
@@ -198,8 +206,8 @@ def _request_head(signature: Signature, places: Sequence[tuple[int, int, int]] =
         message = oip.ModelInferRequest(model_name=model, model_version=version)
         for name in outputs:
             message.outputs.add(name=name)
-        for name, _, value in parameters:
-            _set_parameter(message.parameters[name], name, value)
+        for name, field, value in parameters:
+            setattr(message.parameters[name], field, value)
         for index, position in enumerate(range(4, len(signature), 3)):
             name, datatype, shape = signature[position : position + 3]
             tensor = message.inputs.add(name=name, datatype=datatype, shape=shape)
@@ -211,19 +219,6 @@ def _request_head(signature: Signature, places: Sequence[tuple[int, int, int]] =
     except (TypeError, ValueError) as problem:
         raise InvalidRequest(f"cannot make a request for model {model!r}: {problem}") from None
     return message.SerializeToString(deterministic=True)
-
-
-def _set_parameter(target: oip.InferParameter, name: str, value: object) -> None:
-    if isinstance(value, bool):
-        target.bool_param = value
-    elif isinstance(value, int):
-        target.int64_param = value
-    elif isinstance(value, float):
-        target.double_param = value
-    elif isinstance(value, str):
-        target.string_param = value
-    else:
-        raise TypeError(f"parameter {name!r} is a {type(value).__name__}, not a bool, int, float or str")
 
 
 def _answer_layout(head: bytes) -> _AnswerLayout:

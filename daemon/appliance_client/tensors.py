@@ -113,7 +113,7 @@ def encode(name: str, value: Any) -> tuple[str, tuple[int, ...], bytes | NDArray
         return "BYTES", *_bytes_tensor(value, name)
     array = _as_array(value)
     if array.dtype.kind in "OSUT":
-        return "BYTES", *_bytes_tensor(array, name)
+        return "BYTES", *_bytes_tensor(value if isinstance(value, (list, tuple)) else array, name)
     if array.dtype.name == "bfloat16":
         return "BF16", array.shape, array.view(np.uint16)
     little = array.dtype.newbyteorder("<")

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
-
 from appliance.backend import Artifact, Execution, Scope, Session, Support, Variant
 from appliance.inventory import Device, Inventory
 from appliance.types import TensorSpec
@@ -131,7 +130,9 @@ class _TextSession(_ArraySession):
             UnicodeDecodeError: An element is not UTF-8.
         """
         texts = {name: _map_elements(_decode, array) for name, array in inputs.items()}
-        return {name: _map_elements(_encode, array) for name, array in super().run(outputs=outputs, inputs=texts).items()}
+        return {
+            name: _map_elements(_encode, array) for name, array in super().run(outputs=outputs, inputs=texts).items()
+        }
 
 
 class _Bf16Session(_ArraySession):
@@ -160,7 +161,7 @@ def _array_of(value: Any) -> "NDArray[Any]":
     count = int(np.prod(shape, dtype=np.int64))
     if count == 0:
         return np.empty(shape, dtype=np.uint16)
-    raw = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+    raw = memoryview((ctypes.c_uint16 * count).from_address(value.data_ptr())).cast("B")
     return np.frombuffer(raw, dtype=np.uint16).reshape(shape).copy()
 
 

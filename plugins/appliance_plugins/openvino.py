@@ -1,8 +1,8 @@
 """Backend ``openvino``: ONNX models and OpenVINO IR on the CPU.
 
-Options: ``threads`` (cores of one run, by default all), ``streams`` (runs side by side; without it the LATENCY hint chooses),
-``cache_dir`` (keeps compiled models). The CPU plugin computes INT64 in INT32, and UINT64 and FP64 in narrower types too, and
-its string tensors lose trailing NULs; what would be silently wrong is refused here.
+Options: ``threads`` (cores of one run, by default all), ``streams`` (runs side by side; without it the LATENCY hint
+chooses), ``cache_dir`` (keeps compiled models). The CPU plugin computes INT64 in INT32, and UINT64 and FP64 in narrower
+types too, and its string tensors lose trailing NULs; what would be silently wrong is refused here.
 """
 
 import os
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
-
 from appliance.backend import Artifact, Execution, Scope, Session, Support, Variant
 from appliance.inventory import Device, Inventory
 from appliance.types import TensorSpec
@@ -20,7 +19,14 @@ if TYPE_CHECKING:
 
 _DEVICE: Final = "CPU"
 _HINTS: Final = {"FP32": "f32", "BF16": "bf16"}
-_PRECISIONS: Final = {"f32": "FP32", "float32": "FP32", "bf16": "BF16", "bfloat16": "BF16", "f16": "FP16", "float16": "FP16"}
+_PRECISIONS: Final = {
+    "f32": "FP32",
+    "float32": "FP32",
+    "bf16": "BF16",
+    "bfloat16": "BF16",
+    "f16": "FP16",
+    "float16": "FP16",
+}
 _BF16_FEATURES: Final = frozenset({"avx512_bf16", "amx_bf16"})
 
 _DATATYPES: Final = {
@@ -60,11 +66,11 @@ class OpenVinoBackend:
         return Support(tuple(device.id for device in inventory.devices if device.kind == "cpu"), runtime)
 
     def candidates(self, artifact: Artifact, device: Device) -> Sequence[Variant]:
-        """FP32 first; BF16 where the processor multiplies it natively."""
+        """FP32 first; BF16 where the processor multiplies it natively. Asks for a directory for what it compiles."""
         if device.kind != "cpu" or artifact.format not in self.formats:
             return ()
         has_bf16 = not _BF16_FEATURES.isdisjoint(device.features)
-        return tuple(Variant(self.name, device.id, one) for one in (("FP32", "BF16") if has_bf16 else ("FP32",)))
+        return tuple(Variant(self.name, device.id, one, {"cache_dir": ""}) for one in (("FP32", "BF16") if has_bf16 else ("FP32",)))
 
     def load(self, artifact: Artifact, variant: Variant) -> Session:
         """Read and compile a model.
@@ -112,7 +118,9 @@ class _CompiledSession:
         for index, spec in enumerate(self.inputs):
             array = inputs[spec.name]
             if spec.datatype == "INT64" and array.size and (array.min() < _INT32.min or array.max() > _INT32.max):
-                raise ValueError(f"input {spec.name!r} has a value beyond 32 bits, and openvino computes INT64 in INT32")
+                raise ValueError(
+                    f"input {spec.name!r} has a value beyond 32 bits, and openvino computes INT64 in INT32"
+                )
             # The same array means the same memory, so binding it again would only cost time.
             if array is not self._bound[index]:
                 self._request.set_input_tensor(index, self._tensor(spec, array))

@@ -12,12 +12,13 @@ An artifact of format ``"fake"`` is a JSON object; every key may be left out::
       "resident_bytes": 0                        # memory that loading takes and keeps
     }
 
-Echoing works between equal datatypes and shapes. A COMMAND is a word of `COMMANDS`. A run obeys the command whose magic
-number is the first element of the first input (``MAGIC[word]``; for BYTES the word itself), so a client drives the fault::
+Echoing works between equal datatypes and shapes. A COMMAND is a word of `COMMANDS`. A run obeys the command whose
+number (``MAGIC[word]``; for BYTES the word itself) is the first element of the first input::
 
     crash       SIGSEGV                     kill        SIGKILL to itself
     exit        leaves with status 3        raise       raises RuntimeError
     hang        sleeps for an hour          hang-gil    the same, holding the interpreter lock
+                (both first print "hanging" on standard error)
     leak        keeps 1 MiB for each run    missing     leaves the first output out
     rows        one row too few             dtype       another datatype
     rank        one dimension too many      nan         NaN in every element (floating point only)
@@ -33,7 +34,6 @@ import time
 from typing import ClassVar
 
 import numpy as np
-
 from appliance.backend import Execution, Support, Variant
 from appliance.types import TensorSpec
 
@@ -142,7 +142,9 @@ def _obey(command):
         os._exit(3)
     elif command == "raise":
         raise RuntimeError("the fake device raised on command")
-    elif command == "hang":
+    elif command in ("hang", "hang-gil"):
+        os.write(2, b"hanging\n")
+    if command == "hang":
         time.sleep(3600)
     elif command == "hang-gil":
         ctypes.PyDLL(None).sleep(3600)

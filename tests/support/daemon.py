@@ -133,7 +133,7 @@ def start_daemon(directory: Path, models: Path, wait: bool = True, environment: 
     """
     socket_dir = directory / "s"
     merged = {"listen": {"grpc_tcp": "127.0.0.1:0", "http_tcp": "127.0.0.1:0", "directory": str(socket_dir)}}
-    merged["repository"] = {"path": str(models)}
+    merged["repository"] = {"path": str(models), "cache": str(directory / "cache")}
     for name, values in sections.items():
         merged[name] = {**merged.get(name, {}), **values}
     config = directory / "config.toml"

@@ -185,6 +185,8 @@ class HttpApp:
         ]
         if request.connection.is_over_cap:
             headers.append((b"connection", b"close"))
+        if request.method != "HEAD":
+            request.connection.expect_answer()
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         parts = (b"".join(response.parts),) if size <= INLINE_BYTES else response.parts
         for index, part in enumerate(parts):

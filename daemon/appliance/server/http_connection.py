@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import orjson
 from uvicorn.config import Config as UvicornConfig
@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from appliance.config import Config
 from appliance.server.access import peer_of
-from appliance.types import Peer
+from appliance.types import Buffer, Peer
 
 #: Bytes of a request's line and headers together.
 MAX_HEADER_BYTES: Final = 65536
@@ -30,9 +30,40 @@ MIN_BYTES_PER_SECOND: Final = 65536
 #: A client that reads nothing of its answer for this long is cut off.
 STALL_SECONDS: Final = 30.0
 
+#: Bodies up to this size are copied behind their head.
+_JOINED_BYTES: Final = 65536
+
 # Any local process can send garbage at will; the client is told, the log is not.
 _QUIET = logging.getLogger("appliance.http.parser")
 _QUIET.setLevel(logging.ERROR)
+
+
+class _JoiningTransport:
+    """Passes everything on, but has an answer's head wait for its body: one packet and one wake-up, not two."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._is_head_next = False
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def expect_head(self) -> None:
+        """The next write is an answer's head, and its body follows."""
+        self._is_head_next = True
+
+    def write(self, content: Buffer) -> None:
+        """Write, or keep a head for the next write."""
+        if self._is_head_next:
+            self._head, self._is_head_next = bytes(content), False
+        elif self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head + content if len(content) <= _JOINED_BYTES else head)
+            if len(content) > _JOINED_BYTES:
+                self._transport.write(content)
+        else:
+            self._transport.write(content)
 
 
 class Connection(HttpToolsProtocol):
@@ -67,6 +98,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Learn who connected; far beyond the bound on connections, hang up."""
         super().connection_made(transport)
+        self._joining = _JoiningTransport(transport)
+        self.transport = cast(asyncio.Transport, self._joining)
         cap = self._settings.limits.max_connections
         self.is_over_cap = len(self.connections) > cap
         sock: socket.socket | None = transport.get_extra_info("socket")
@@ -98,6 +131,10 @@ class Connection(HttpToolsProtocol):
             yield
         finally:
             self._inference = None
+
+    def expect_answer(self) -> None:
+        """An answer with a body is sent next."""
+        self._joining.expect_head()
 
     def data_received(self, data: bytes) -> None:
         """Parse; refuse a request whose headers outgrow the bound before they are complete."""

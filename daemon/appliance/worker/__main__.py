@@ -15,7 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from appliance.errors import ApplianceError
 from appliance.wire import worker_pb2
 from appliance.wire.worker import Kind
-from appliance.worker.lifeline import die_with_parent, volunteer_for_oom_kill
+from appliance.worker.lifeline import die_with_parent, parent_is_gone, volunteer_for_oom_kill
 from appliance.worker.link import Link, LinkBroken
 from appliance.worker.loading import load
 from appliance.worker.loop import Loop
@@ -25,8 +25,8 @@ from appliance.worker.messages import presentable
 def main() -> NoReturn:
     """Load one model and serve it until the front-end is gone.
 
-    The process ends with `os._exit`, since a vendor runtime's own clean-up may hang. Status 0: the front-end closed the
-    socket; 1: the model could not be loaded, or the worker is at fault.
+    The process ends with `os._exit`, since a vendor runtime's own clean-up may hang. Status 0: the front-end is
+    gone; 1: the model could not be loaded, or the worker is at fault.
     """
     parser = argparse.ArgumentParser(prog="appliance.worker", description="serves one model; started by the daemon")
     parser.add_argument("--fd", type=int, required=True, help="inherited SOCK_SEQPACKET socket")
@@ -34,7 +34,8 @@ def main() -> NoReturn:
     _settle()
     status = 1
     try:
-        status = _serve(Link(socket.socket(fileno=arguments.fd)))
+        sock = socket.socket(fileno=arguments.fd)
+        status = 0 if parent_is_gone(sock) else _serve(Link(sock))
     except (BrokenPipeError, ConnectionResetError):
         status = 0
     except LinkBroken as error:
@@ -47,7 +48,6 @@ def main() -> NoReturn:
 
 def _settle() -> None:
     """Make the process a worker: dies with the daemon, deaf to the terminal, without standard input."""
-    # A parent that died before this call shows as end of file on the socket.
     die_with_parent()
     volunteer_for_oom_kill()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

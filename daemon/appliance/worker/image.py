@@ -1,14 +1,14 @@
 """PNG and JPEG pictures to FP32 tensors.
 
-Transparency is flattened onto white. A picture of another size is resized to the manifest's, its aspect ratio not kept, with
-Pillow's antialiasing filters. EXIF orientation is ignored, as training pipelines built on Pillow do.
+Transparency is flattened onto white. A picture of another size is resized to the manifest's, its aspect ratio not kept,
+with Pillow's antialiasing filters. EXIF orientation is ignored, as training pipelines built on Pillow do.
 """
 
 import io
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from appliance.manifest import ImageSection
 
@@ -75,7 +75,7 @@ class Decoder:
                 flat = _flatten(picture, self._mode)
         except UndecodableImage:
             raise
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise UndecodableImage("cannot decode the image: it is neither PNG nor JPEG") from error
         except Exception as error:  # a decoder given hostile bytes raises anything from SyntaxError to struct.error
             raise UndecodableImage("cannot decode the image: it is damaged or truncated") from error

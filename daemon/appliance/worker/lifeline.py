@@ -4,10 +4,13 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
+import struct
 from pathlib import Path
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_UCRED: Final = struct.Struct("3i")
 
 #: Added to the badness the kernel counts: a worker is replaceable, the front-end is not.
 _OOM_SCORE_ADJUSTMENT: Final = "500"
@@ -16,7 +19,7 @@ _OOM_SCORE_ADJUSTMENT: Final = "500"
 def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG).
 
-    A parent that is gone before the call leaves no signal behind; whoever calls this looks for that some other way.
+    A parent that was gone before the call leaves no signal behind; see `parent_is_gone`.
 
     Raises:
         OSError: The kernel refuses.
@@ -24,6 +27,15 @@ def die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def parent_is_gone(link: socket.socket) -> bool:
+    """True where the process that made `link`, a socketpair inherited from the parent, is not the parent any more.
+
+    The credentials of a socketpair's end are those of its maker (unix(7), SO_PEERCRED).
+    """
+    pid, _, _ = _UCRED.unpack(link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return bool(os.getppid() != pid)
 
 
 def volunteer_for_oom_kill() -> None:

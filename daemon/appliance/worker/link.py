@@ -24,6 +24,7 @@ class Link:
     """
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(True)  # whoever made the pair may have left it otherwise
         self._sock = sock
         self._fds: list[int] = []
         content = bytearray(MAX_PACKET_BYTES)

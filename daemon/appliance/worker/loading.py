@@ -134,6 +134,8 @@ def _warm_up(model: ServedModel, manifest: Manifest, length: int) -> Execution:
                 model.check_output(spec, results.get(spec.name), rows)
         return model.session.executed_on()
     except ContractBroken as error:
+        if tuple(model.outputs) != tuple(model.session.outputs):  # narrowed, so the manifest is at fault
+            raise InvalidManifest(f"cannot use the manifest of {manifest.name!r}: {error}") from error
         raise BackendError(f"cannot warm the model up: the backend broke its contract: {error}") from error
     except Exception as error:
         raise _as_backend_error("warm the model up", error) from error

@@ -1,7 +1,8 @@
 """A worker's main loop: receive → prepare → run.
 
-Without pictures everything happens on one thread, since handing over to another costs more than a small model's run. With
-pictures the receiving thread decodes the next batch while a runner thread runs the last one; answers keep their order.
+Without pictures everything happens on one thread, since handing over to another costs more than a small model's run.
+With pictures the receiving thread decodes the next batch while a runner thread runs the last one; answers keep their
+order.
 """
 
 import os
@@ -117,7 +118,7 @@ class Loop:
             problems = list(self._decoders.map(_decode, [pictures] * plan.rows, contents, tensor))
         row_errors = {row: problem for row, problem in enumerate(problems) if problem}
         fed = tensor if pictures.is_batched else tensor[0]
-        return Batch(number, plan, fed, row_errors, time.monotonic_ns() - started)
+        return Batch(number, plan, fed, row_errors or None, time.monotonic_ns() - started)
 
     def _refusal(self, length: int, error: Exception) -> bytes:
         if length < FAULT_HEADER.size:

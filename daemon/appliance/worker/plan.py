@@ -171,8 +171,8 @@ class Planner:
         )
         if tensor.datatype != spec.datatype or not suits:
             raise ValueError(
-                f"cannot run a batch: input {spec.name!r} is {tensor.datatype} {list(tensor.shape)} and the model takes "
-                f"{spec.datatype} {list(spec.shape)}"
+                f"cannot run a batch: input {spec.name!r} is {tensor.datatype} {list(tensor.shape)} and the model "
+                f"takes {spec.datatype} {list(spec.shape)}"
             )
         if self._model.max_batch_size and tensor.shape[0] != rows and not is_picture:
             raise ValueError(f"cannot run a batch: input {spec.name!r} has {tensor.shape[0]} rows, not {rows}")

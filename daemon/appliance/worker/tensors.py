@@ -39,7 +39,7 @@ def split_elements(content: bytes, count: int) -> list[bytes]:
     Raises:
         ValueError: The lengths do not add up to the content.
     """
-    elements = []
+    elements: list[bytes] = []
     start, end = 0, len(content)
     for _ in range(count):
         if end - start < _LENGTH.size:
@@ -61,7 +61,7 @@ def join_elements(elements: Iterable[bytes]) -> bytes:
 
 
 def join_rows(array: "NDArray[Any]", rows: int) -> bytes:
-    """An output of datatype BYTES as `appliance.wire.worker` lays it out: the table of `rows` + 1 offsets, then the rows."""
+    """An output of datatype BYTES as `appliance.wire.worker` lays it out: a table of `rows` + 1 offsets, the rows."""
     elements = array.reshape(-1).tolist()
     per_row = len(elements) // rows
     contents = [join_elements(elements[row * per_row : (row + 1) * per_row]) for row in range(rows)]

@@ -8,14 +8,14 @@ import socket
 import struct
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto, helper
-
 from appliance.manifest import Manifest
 from appliance.wire import worker as wire
 from appliance.wire import worker_pb2
+from onnx import TensorProto, helper
 
 FAKES = Path(__file__).parents[2] / "plugins_fake"
 #: Seconds after which a worker that says nothing is a failure.
@@ -94,7 +94,7 @@ class Done:
         body = content[8 * (count + 1) :]
         assert table[-1] == len(body)
         rows = []
-        for begin, end in zip(table, table[1:], strict=False):
+        for begin, end in pairwise(table):
             row = []
             while begin < end:
                 (length,) = struct.unpack_from("<I", body, begin)
@@ -139,12 +139,17 @@ class Worker:
             self.process.stderr.close()
 
     def receive(self):
-        packet, fds, _, _ = socket.recv_fds(self.socket, wire.MAX_PACKET_BYTES, 4)
+        try:
+            packet, fds, _, _ = socket.recv_fds(self.socket, wire.MAX_PACKET_BYTES, 4)
+        except ConnectionResetError:  # what end of file looks like when the worker left packets unread
+            return b"", []
         return packet, fds
 
     def send_load(self, directory, artifact, backend, manifest=None, **overrides):
         document = Manifest(
-            name="m", artifacts=[{"path": "1/model", "format": overrides.get("artifact_format", "onnx")}], **(manifest or {})
+            name="m",
+            artifacts=[{"path": "1/model", "format": overrides.get("artifact_format", "onnx")}],
+            **(manifest or {}),
         )
         fields = {
             "backend": backend, "model": "m", "version": "1", "directory": str(directory),
@@ -152,6 +157,7 @@ class Worker:
             "precision": "FP32", "manifest": document.model_dump_json(by_alias=True),
         }  # fmt: skip
         fields.update(overrides)
+        fields["manifest"] = fields.pop("manifest_json", fields["manifest"])
         self.socket.send(bytes([wire.Kind.LOAD]) + worker_pb2.Load(**fields).SerializeToString())
 
     def load(self, directory, artifact, backend, manifest=None, **overrides):
@@ -203,7 +209,9 @@ class Worker:
         return self.answer()
 
     def run_array(self, array, datatype="FP32", batch=1, wanted=1):
-        return self.run([(0, datatype, array.shape, array.tobytes())], array.shape[0] if array.ndim else 1, batch, wanted)
+        return self.run(
+            [(0, datatype, array.shape, array.tobytes())], array.shape[0] if array.ndim else 1, batch, wanted
+        )
 
     def wait(self):
         return self.process.wait(PATIENCE)
