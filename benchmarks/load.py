@@ -41,7 +41,9 @@ def write_frames(directory: Path) -> tuple[Path, Path]:
     return hello, infer
 
 
-def native_load(program: Path, path: str, frames: tuple[Path, Path], connections: int, seconds: float) -> dict[str, float]:
+def native_load(
+    program: Path, path: str, frames: tuple[Path, Path], connections: int, seconds: float
+) -> dict[str, float]:
     """One run of the native load client."""
     command = [str(program), path, str(frames[0]), str(frames[1]), str(connections), str(seconds)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
-
 from support.models import save
 
 

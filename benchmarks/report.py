@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
+from appliance.inventory import read_inventory
 from rich.console import Console
 from rich.table import Table
-
-from appliance.inventory import read_inventory
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,9 @@ def show(lines: Sequence[Line], facts: dict[str, object], as_json: bool) -> None
     for line in lines:
         mark = "" if line.is_met is None else "[green]met" if line.is_met else "[red]missed"
         ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
-        table.add_row(line.budget, line.what, f"{line.value:,.1f} {line.unit}", line.budgeted, mark, ratio, line.against)
+        table.add_row(
+            line.budget, line.what, f"{line.value:,.1f} {line.unit}", line.budgeted, mark, ratio, line.against
+        )
     console.print(table)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-
 from appliance_client import Client
-from benchmarks.report import Line, median
 from support.daemon import RunningDaemon, start_daemon
+
+from benchmarks.report import Line, median
 
 _IDLE_SECONDS = 10.0
 

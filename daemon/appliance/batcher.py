@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from appliance.call import FINISHED, QUEUED, RUNNING, Call
 from appliance.errors import Overloaded
 
-#: Finished calls still standing in the queues before they are swept out.
+#: Withdrawn calls, beyond as many as wait, that may still stand in the queues before they are swept out.
 _MAX_STALE: Final = 1024
 
 
@@ -55,6 +55,7 @@ class Batcher:
         self._max_queue_bytes = max_queue_bytes
         self._arrivals: deque[Call] = deque()
         self._queues: dict[tuple[object, ...], deque[Call]] = {}
+        self._withdrawn = 0
         self.queued = 0
         self.queued_bytes = 0
         self.queued_rows = 0
@@ -67,7 +68,9 @@ class Batcher:
         """
         waiting = self.queued + coming
         if waiting >= self._max_queue_size:
-            raise Overloaded(f"cannot queue the request: {waiting} wait already and max_queue_size is {self._max_queue_size}")
+            raise Overloaded(
+                f"cannot queue the request: {waiting} wait already and max_queue_size is {self._max_queue_size}"
+            )
         if self.queued_bytes + coming_bytes + nbytes > self._max_queue_bytes:
             raise Overloaded(
                 f"cannot queue the request: with its {nbytes} bytes the queue would hold more than "
@@ -106,8 +109,9 @@ class Batcher:
         call.state = FINISHED
         self._count_out(call)
         call.let_go()
-        if len(self._arrivals) > 2 * self.queued + _MAX_STALE:
-            self._sweep()
+        self._withdrawn += 1
+        if self._withdrawn > self.queued + _MAX_STALE:
+            self.readmit(self.drain())
 
     def collect(self, max_rows: int, max_bytes: int, in_flight: int) -> list[Call]:
         """Take the next batch: calls of one signature, oldest first; empty where there is none or the policy holds.
@@ -144,23 +148,40 @@ class Batcher:
             nbytes += call.nbytes
             if call.is_alone:
                 break
-        if not queue:
+        if not self.queued:
+            self._clear()  # withdrawn calls of other signatures would stay for ever
+        elif not queue:
             del self._queues[signature]
         return batch
 
+    def peek(self) -> Call | None:
+        """The call that would head the next batch, or None."""
+        arrivals = self._arrivals
+        while arrivals and arrivals[0].state is not QUEUED:
+            arrivals.popleft()
+        if not arrivals:
+            return None
+        queue = self._queues[arrivals[0].plan.signature]
+        while queue[0].state is not QUEUED:
+            queue.popleft()
+        return queue[0]
+
     def drain(self) -> list[Call]:
-        """Take every queued call, oldest first."""
-        calls = [call for call in self._arrivals if call.state is QUEUED]
-        self._arrivals.clear()
-        self._queues.clear()
+        """Take every queued call, oldest first; like a batch's, their state is RUNNING, so that nothing withdraws them."""
+        # A call that was readmitted stands among the arrivals twice.
+        calls = list(dict.fromkeys(call for call in self._arrivals if call.state is QUEUED))
+        for call in calls:
+            call.state = RUNNING
+        self._clear()
         self.queued = self.queued_bytes = self.queued_rows = 0
         return calls
+
+    def _clear(self) -> None:
+        self._arrivals.clear()
+        self._queues.clear()
+        self._withdrawn = 0
 
     def _count_out(self, call: Call) -> None:
         self.queued -= 1
         self.queued_bytes -= call.nbytes
         self.queued_rows -= call.plan.rows
-
-    def _sweep(self) -> None:
-        calls = self.drain()
-        self.readmit(calls)

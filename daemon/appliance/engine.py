@@ -22,6 +22,7 @@ from appliance.metrics import ModelStatistics
 from appliance.models import Model
 from appliance.planner import check_contents, make_plan
 from appliance.plugins import BackendRecord, discover
+from appliance.text import Tokens
 from appliance.types import InferRequest, InferResult, ModelDescription, ModelState, ModelStatus, Tensor, Timings
 from appliance.wire.elements import split_elements
 
@@ -88,7 +89,9 @@ class Engine:
     def scan(self) -> list[str]:
         """Look for model directories; returns the names of all models, sorted."""
         try:
-            entries = [entry.name for entry in self._repository.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+            entries = [
+                entry.name for entry in self._repository.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+            ]
         except OSError as error:
             _log.warning("cannot read the model repository: %s", error.strerror)
             entries = []
@@ -97,7 +100,9 @@ class Engine:
                 self._model_or_new(name)
             elif name not in self._told:
                 self._told[name] = False
-                _log.warning("ignoring the directory %r of the model repository: the rule is %s", name, MODEL_NAME.pattern)
+                _log.warning(
+                    "ignoring the directory %r of the model repository: the rule is %s", name, MODEL_NAME.pattern
+                )
         return sorted(self._models)
 
     def _model_or_new(self, name: str) -> Model:
@@ -239,15 +244,20 @@ class Engine:
         Raises:
             ApplianceError: The call is not admitted.
         """
-        if not self.accepting:
-            raise ShuttingDown("cannot run the request: the daemon is stopping")
-        if not call.plan.is_text:
-            call.plan.instance.submit(call)
-            return
         instance = call.plan.instance
-        if not instance.accepts:
-            raise instance.refusal()
-        instance.check_room(call.nbytes)
+        try:
+            if not self.accepting:
+                raise ShuttingDown("cannot run the request: the daemon is stopping")
+            if not call.plan.is_text:
+                instance.submit(call)
+                return
+            if not instance.accepts:
+                raise instance.refusal()
+            instance.check_room(call.nbytes)
+        except ApplianceError:
+            call.let_go()
+            raise
+        instance.hold(call.nbytes)
         task = self._loop.create_task(self._tokenise(self._model(name), call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -255,16 +265,12 @@ class Engine:
     async def _tokenise(self, model: Model, call: Call) -> None:
         instance = call.plan.instance
         nbytes = call.nbytes
-        instance.hold(nbytes)
         try:
-            place = next(i for i, tensor in enumerate(call.plan.tensors) if tensor.place < 0)
-            texts = split_elements(call.contents[place], call.plan.tensors[place].elements, instance.signature.text)
-            if model.encoder is None:
-                raise instance.refusal()
-            tokens = await self._loop.run_in_executor(self._threads, model.encoder.encode, texts)
-            if call.state is NEW:
-                instance.give_tokens(call, place, tokens)
+            tokens = await self._tokens(model, call)
+            # Withdrawn meanwhile, a call is nobody's any more, and its id may already be another's.
+            if tokens is not None and call.state is NEW:
                 model.statistics.tokenise.add(tokens.took_ns)
+                instance.give_tokens(call, _text_place(call), tokens)
                 instance.submit(call)
         except ApplianceError as error:
             _fail(call, error)
@@ -273,6 +279,25 @@ class Engine:
             _fail(call, BackendError("cannot run the request: tokenising failed"))
         finally:
             instance.unhold(nbytes)
+
+    async def _tokens(self, model: Model, call: Call) -> Tokens | None:
+        """The tokens of a call's texts; None where it was withdrawn.
+
+        Raises:
+            ApplianceError: Its texts cannot be tokenised.
+        """
+        if call.state is not NEW:
+            return None
+        instance, place = call.plan.instance, _text_place(call)
+        texts = split_elements(call.contents[place], call.plan.tensors[place].elements, instance.signature.text)
+        if model.encoder is None:
+            raise instance.refusal()
+        try:
+            return await self._loop.run_in_executor(self._threads, model.encoder.encode, texts)
+        except ApplianceError:
+            if call.state is not NEW:
+                return None
+            raise
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run one request. Cancelling the task withdraws it.
@@ -296,6 +321,10 @@ class Engine:
         except asyncio.CancelledError:
             call.plan.instance.cancel(call)
             raise
+
+
+def _text_place(call: Call) -> int:
+    return next(place for place, tensor in enumerate(call.plan.tensors) if tensor.place < 0)
 
 
 def _fail(call: Call, error: ApplianceError) -> None:

@@ -89,7 +89,9 @@ class Gatherer:
             shared = views[place] if views else None
             if shared is not None:
                 size = len(calls[0].contents[place])
-                layouts.append(TensorLayout(tensor.place, tensor.datatype, shape, shared.region.number, shared.offset, size))
+                layouts.append(
+                    TensorLayout(tensor.place, tensor.datatype, shape, shared.region.number, shared.offset, size)
+                )
                 continue
             position = offset
             for call in calls:

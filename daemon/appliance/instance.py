@@ -17,6 +17,7 @@ from appliance.config import WorkersSection
 from appliance.deadline import Deadlines
 from appliance.errors import (
     ApplianceError,
+    ArtifactCorrupt,
     BackendError,
     DeadlineExceeded,
     InvalidRequest,
@@ -26,14 +27,14 @@ from appliance.errors import (
 from appliance.gather import Gatherer, Scatterer
 from appliance.manifest import Manifest
 from appliance.metrics import ModelStatistics
-from appliance.planner import Signature, make_plan, signature_of
+from appliance.planner import Signature, check_text, make_plan, signature_of
 from appliance.poison import Suspects
-from appliance.slab import Slab, aligned
+from appliance.slab import ALIGNMENT, Slab, aligned
 from appliance.text import Tokens
 from appliance.types import ITEM_BYTES, ModelState, TensorSpec, Timings
 from appliance.wire import worker as frames
 from appliance.wire import worker_pb2
-from appliance.worker_link import Slot, WorkerLink
+from appliance.worker_link import LinkListener, Slot, WorkerLink
 
 _log = logging.getLogger("appliance.instance")
 
@@ -49,6 +50,10 @@ _MAX_TEXT_PLANS: Final = 256
 _RUN: Final = int(frames.Kind.RUN)
 _MINUTE_NS: Final = 60_000_000_000
 _BACKOFF_LIMIT_SECONDS: Final = 30.0
+
+
+#: How an instance gets a link to a worker that it has still to start.
+LinkMaker = Callable[[asyncio.AbstractEventLoop, LinkListener, str], WorkerLink]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,10 @@ class Instance:
         statistics: ModelStatistics,
         deadlines: Deadlines,
         on_change: Callable[[], None],
+        make_link: LinkMaker = WorkerLink,
     ) -> None:
         self._loop = loop
+        self._make_link = make_link
         self._manifest = manifest
         self.placement = placement
         self._settings = settings
@@ -118,6 +125,7 @@ class Instance:
         self._spill_number = 0x80000000
         self._pump_handle: asyncio.Handle | None = None
         self._watchdog: asyncio.TimerHandle | None = None
+        self._watched_ns = 0
         self._crashes_ns: list[int] = []
         self._quarantines = 0
         self._suspects = Suspects()
@@ -160,27 +168,47 @@ class Instance:
             ApplianceError: The model cannot be loaded; nothing is left behind.
         """
         began = time.monotonic_ns()
-        label = f"{self._manifest.name} ({self.placement.backend})"
-        link = WorkerLink(self._loop, self, label)
-        self.loaded = await link.start(self.placement.python, self.placement.load, self._settings.load_seconds)
-        self.signature = signature_of(self.loaded, self._manifest)
-        self._gatherer = Gatherer(bool(self.loaded.max_batch_size))
-        self._scatterer = Scatterer(self.signature.output_names, bool(self.loaded.max_batch_size))
-        self._rows = max(self.loaded.max_batch_size, 1)
-        worker_inputs = tuple(spec for index, spec in self.signature.inputs.values() if index >= 0)
-        sizes = slab_bytes(worker_inputs, self._rows), slab_bytes(self.signature.public_outputs(), self._rows)
+        link = self._make_link(self._loop, self, f"{self._manifest.name} ({self.placement.backend})")
+        loaded = await link.start(self.placement.python, self.placement.load, self._settings.load_seconds)
         try:
-            self._slots = [link.make_slot(number, *sizes) for number in range(_SLOTS)]
-        except ApplianceError:
+            self._take_in(loaded, link)
+        except BaseException:
+            self._drop_worker()
             await link.close()
             raise
-        self._free = list(self._slots)
-        self._link = link
         self.load_ns = time.monotonic_ns() - began
         self.accepts = not self._is_closing
         self._set_state(ModelState.READY)
         self._arm_watchdog()
         self._pump()
+
+    def _take_in(self, loaded: worker_pb2.Loaded, link: WorkerLink) -> None:
+        """Make ready for a worker that has loaded the model.
+
+        Raises:
+            ArtifactCorrupt: After a restart the model has other tensors than before, for which no plan is good.
+            InvalidManifest: The text section does not fit the session.
+            Overloaded: There is no shared memory to be had.
+        """
+        signature = signature_of(loaded, self._manifest)
+        if getattr(self, "signature", signature) != signature:
+            raise ArtifactCorrupt(
+                f"cannot restart model {self._manifest.name!r}: its files changed while it was loaded; load it again"
+            )
+        if self._manifest.text is not None:
+            check_text(self._manifest.text, signature, self._manifest.name)
+        self.signature = signature
+        self.loaded = loaded
+        self._gatherer = Gatherer(bool(loaded.max_batch_size))
+        self._scatterer = Scatterer(signature.output_names, bool(loaded.max_batch_size))
+        self._rows = max(loaded.max_batch_size, 1)
+        self._padding = ALIGNMENT * len(signature.inputs)
+        worker_inputs = tuple(spec for index, spec in signature.inputs.values() if index >= 0)
+        sizes = slab_bytes(worker_inputs, self._rows), slab_bytes(signature.public_outputs(), self._rows)
+        for number in range(_SLOTS):
+            self._slots.append(link.make_slot(number, *sizes))
+        self._free = list(self._slots)
+        self._link = link
 
     async def drain(self, grace_seconds: float) -> None:
         """Take no new calls and wait for those admitted; after the grace the rest fails with `ModelNotReady`."""
@@ -198,20 +226,23 @@ class Instance:
             self._idle.clear()
             await self._idle.wait()
 
-    async def close(self) -> None:
-        """End the worker; calls still here fail with `ModelNotReady`."""
+    async def close(self, error: ApplianceError | None = None) -> None:
+        """End the worker; calls still here fail with `error`, by default `ModelNotReady`."""
         self.accepts = False
         self._is_closing = True
         if self._restart is not None:
             self._restart.cancel()
+            await asyncio.wait({self._restart})
+            self._restart = None
         if self._watchdog is not None:
             self._watchdog.cancel()
-        error = ModelNotReady(f"cannot run the request: model {self._manifest.name!r} is being unloaded")
+        error = error or ModelNotReady(f"cannot run the request: model {self._manifest.name!r} is being unloaded")
         self._fail_running(error)
         self._fail_queued(error)
-        if self._link is not None:
-            await self._link.close()
+        link = self._link
         self._drop_worker()
+        if link is not None:
+            await link.close()
         self._set_state(ModelState.UNLOADED)
 
     def _set_state(self, state: ModelState, reason: str = "") -> None:
@@ -223,7 +254,9 @@ class Instance:
 
     def refusal(self) -> ApplianceError:
         """The error for a call that comes while the instance takes none."""
-        return ModelNotReady(f"cannot run the request: model {self._manifest.name!r} is {self.reason or self.state.value}")
+        return ModelNotReady(
+            f"cannot run the request: model {self._manifest.name!r} is {self.reason or self.state.value}"
+        )
 
     def check_room(self, nbytes: int) -> None:
         """Refuse a call that will be submitted later, once its text is tokenised.
@@ -233,14 +266,18 @@ class Instance:
         """
         self._batcher.check_room(nbytes, self._held, self._held_bytes)
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: Call, was_held: bool = False) -> None:
         """Queue a call; the answer goes to its sink, always from a later turn of the loop.
+
+        Args:
+            call: The call.
+            was_held: It was on its way here when calls were still taken (see `hold`), so draining does not refuse it.
 
         Raises:
             ApplianceError: The call is not admitted, and its sink hears nothing of it.
         """
         try:
-            if not self.accepts:
+            if not (self.accepts or (was_held and self.state in (ModelState.READY, ModelState.RESTARTING))):
                 raise self.refusal()
             call.admitted_ns = time.monotonic_ns()
             if call.deadline_ns:
@@ -265,8 +302,11 @@ class Instance:
         """
         if call.state is QUEUED:
             self._batcher.withdraw(call)
-        elif call.state in (RUNNING, NEW):
+        elif call.state is RUNNING:
             call.state = FINISHED
+        elif call.state is NEW:
+            call.state = FINISHED
+            call.let_go()
         else:
             return
         self._statistics.cancelled += 1
@@ -303,11 +343,16 @@ class Instance:
                 if tensor.place >= 0
             ]
             heads = [*((name, "INT64", (*rows, tokens.length)) for name, _ in made), *others]
-            known = make_plan(self, self.signature, heads, [self.signature.output_names[index] for index in plan.outputs])
+            known = make_plan(
+                self, self.signature, heads, [self.signature.output_names[index] for index in plan.outputs]
+            )
             if len(self._text_plans) >= _MAX_TEXT_PLANS:
                 self._text_plans.clear()
             self._text_plans[key] = known
         rest = [content for other, content in enumerate(call.contents) if other != place]
+        if call.region_views:
+            views = [view for other, view in enumerate(call.region_views) if other != place]
+            call.region_views = [*(None for _ in made), *views]
         call.plan = known
         call.contents = [*(content for _, content in made), *rest]
         call.nbytes = sum(len(content) for content in call.contents)
@@ -318,12 +363,22 @@ class Instance:
     def _pump(self) -> None:
         self._pump_handle = None
         while self._free and self._link is not None:
+            if self._suspects and self._must_wait():
+                break
             slot = self._free[-1]
-            calls = self._batcher.collect(self._rows, slot.input.size, _SLOTS - len(self._free))
+            calls = self._batcher.collect(self._rows, slot.input.size - self._padding, _SLOTS - len(self._free))
             if not calls:
                 break
             self._free.pop()
             self._run(slot, calls)
+
+    def _must_wait(self) -> bool:
+        """True while a suspect has the worker to itself, or heads the queue and has not: a crash shall have one author."""
+        running = [call for slot in self._slots for call in slot.calls]
+        if not running:
+            return False
+        first = self._batcher.peek()
+        return any(call.is_alone for call in running) or (first is not None and first.is_alone)
 
     def _run(self, slot: Slot, calls: list[Call]) -> None:
         link = self._link
@@ -335,9 +390,14 @@ class Instance:
         try:
             memory, region = self._room_for(slot, calls, link)
             gathered = self._gatherer.gather(calls, memory, region)
-        except ApplianceError as error:  # no memory for a batch that outgrew its slab
+        except Exception as error:
+            if not isinstance(error, ApplianceError):  # one that is: no memory for a batch that outgrew its slab
+                _log.exception("%s: gathering a batch failed", self._manifest.name)
+                error = BackendError("cannot run the request: gathering its batch failed")
+            self._drop_spill(slot)
             self._free.append(slot)
             self._fail(calls, error)
+            self._note_progress()
             return
         self._batch_number += 1
         slot.calls = calls
@@ -345,9 +405,7 @@ class Instance:
         slot.started_ns = time.monotonic_ns()
         slot.copy_ns = slot.started_ns - began
         link.send(
-            frames.RUN_HEADER.pack(
-                _RUN, slot.number, gathered.tensors, gathered.rows, slot.batch, gathered.wanted
-            )
+            frames.RUN_HEADER.pack(_RUN, slot.number, gathered.tensors, gathered.rows, slot.batch, gathered.wanted)
             + gathered.layout
         )
 
@@ -408,7 +466,11 @@ class Instance:
             taken = call.plan.rows
             if call.state is RUNNING:
                 call.state = FINISHED
-                problem = next((failed_rows[r] for r in range(row, row + taken) if r in failed_rows), "") if failed_rows else ""
+                problem = (
+                    next((failed_rows[r] for r in range(row, row + taken) if r in failed_rows), "")
+                    if failed_rows
+                    else ""
+                )
                 if problem:
                     call.sink.fail(call, InvalidRequest(problem))
                     statistics.fail.add(now - call.admitted_ns)
@@ -446,14 +508,18 @@ class Instance:
 
     def _release(self, slot: Slot) -> None:
         slot.calls = []
-        if slot.spill is not None and self._link is not None:
-            self._link.unmap_region(slot.spill_region)
-            slot.spill.close()
-            slot.spill = None
+        self._drop_spill(slot)
         self._free.append(slot)
         if self._batcher.queued:
             self._pump()
         self._note_progress()
+
+    def _drop_spill(self, slot: Slot) -> None:
+        if slot.spill is not None:
+            if self._link is not None:
+                self._link.unmap_region(slot.spill_region)
+            slot.spill.close()
+            slot.spill = None
 
     def _note_progress(self) -> None:
         if not self._idle.is_set():
@@ -486,7 +552,10 @@ class Instance:
             self._link.kill()
 
     def _arm_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         interval = min(self._settings.heartbeat_seconds, self._manifest.batch.max_batch_seconds) / 2
+        self._watched_ns = time.monotonic_ns() + int(interval * 1e9)
         self._watchdog = self._loop.call_later(interval, self._watch)
 
     def _watch(self) -> None:
@@ -495,15 +564,18 @@ class Instance:
         if link is None:
             return
         now = time.monotonic_ns()
+        heartbeat_ns = self._settings.heartbeat_seconds * 1e9
+        limit_ns = self._manifest.batch.max_batch_seconds * 1e9
         oldest = min((slot.started_ns for slot in self._slots if slot.calls), default=0)
         silent_ns = now - link.last_heard_ns
         if oldest:
-            overdue = min(now - oldest, silent_ns) > self._manifest.batch.max_batch_seconds * 1e9
+            overdue = min(now - oldest, silent_ns) > limit_ns
         else:
-            overdue = silent_ns > 2 * self._settings.heartbeat_seconds * 1e9
-            if not overdue and silent_ns > self._settings.heartbeat_seconds * 1e9:
+            overdue = silent_ns > 2 * heartbeat_ns
+            if silent_ns > heartbeat_ns:
                 link.send(bytes((frames.Kind.PING,)))
-        if overdue:
+        # Where this comes late, it was the daemon that stood still, and the worker's answer may lie unread.
+        if overdue and now - self._watched_ns < min(heartbeat_ns, limit_ns) / 2:
             _log.error("%s: the worker has not answered for %.1f s and is killed", self._manifest.name, silent_ns / 1e9)
             link.kill()
         self._arm_watchdog()
@@ -513,15 +585,31 @@ class Instance:
         _log.error("%s: the worker %s", self._manifest.name, reason)
         self.accepts = False
         now = time.monotonic_ns()
-        for slot in self._slots:
-            for call in slot.calls:
-                self._suspects.blame(call, len(slot.calls) == 1, now)
+        running = [call for slot in self._slots for call in slot.calls]
+        for call in running:
+            self._suspects.blame(call, len(running) == 1, now)
         self._crashes_ns = [*(crash for crash in self._crashes_ns if now - crash < _MINUTE_NS), now]
         self._set_state(ModelState.RESTARTING, f"restarting: its worker {reason}")
-        self._fail_running(WorkerLost(f"cannot finish the request: the worker of model {self._manifest.name!r} {reason}"))
+        self._fail_running(
+            WorkerLost(f"cannot finish the request: the worker of model {self._manifest.name!r} {reason}")
+        )
         self._drop_worker()
+        self._judge_queued(now)
         if not self._is_closing or self._batcher.queued:
             self._restart = self._loop.create_task(self._restart_worker())
+
+    def _judge_queued(self, now_ns: int) -> None:
+        """Calls that wait may repeat one that was in flight when the worker crashed."""
+        if not self._suspects:
+            return
+        waiting = []
+        for call in self._batcher.drain():
+            try:
+                self._suspects.judge(call, now_ns)
+                waiting.append(call)
+            except InvalidRequest as error:
+                self._fail([call], error)
+        self._batcher.readmit(waiting)
 
     def _drop_worker(self) -> None:
         for slot in self._slots:
@@ -542,8 +630,8 @@ class Instance:
                 await asyncio.sleep(delay)
             try:
                 await self.start()
-            except ApplianceError as error:
-                _log.error("%s: %s", self._manifest.name, error)
+            except Exception as error:  # whatever it is, the model must not stay down for it
+                _log.error("%s: %s", self._manifest.name, error, exc_info=not isinstance(error, ApplianceError))
                 self._set_state(ModelState.RESTARTING, f"restarting: {error}")
                 self._crashes_ns.append(time.monotonic_ns())
                 continue
@@ -564,7 +652,6 @@ class Instance:
     def expire(self, call: Call) -> None:
         """Answer a call whose deadline passed (called by `Deadlines`)."""
         self.cancel(call, DeadlineExceeded("cannot answer in time: the deadline has passed"))
-
 
 
 def _row_errors(packet: memoryview, start: int, count: int) -> dict[int, str]:

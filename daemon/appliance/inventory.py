@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: CPU feature flags worth telling apart, as Linux spells them in /proc/cpuinfo.
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8", "asimd")
+CPU_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+)
 
 
 @dataclass(frozen=True, slots=True)

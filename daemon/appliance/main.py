@@ -139,7 +139,9 @@ class Daemon:
         if starting.done():
             await starting
             ready = sum(status.state == "ready" for status in engine.statuses())
-            _log.info("ready after %.2f s with %d of %d models", time.monotonic() - began, ready, len(engine.statuses()))
+            _log.info(
+                "ready after %.2f s with %d of %d models", time.monotonic() - began, ready, len(engine.statuses())
+            )
             _say(f"READY=1\nSTATUS=serving {ready} models")
             # What start-up made lives as long as the daemon: collections need not look at it again.
             gc.collect()

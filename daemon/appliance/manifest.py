@@ -264,7 +264,9 @@ def parse_manifest(text: str, directory_name: str) -> Manifest:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidManifest(f"cannot read the manifest of {directory_name!r}: {error}") from error
     except ValidationError as error:
-        raise InvalidManifest(f"cannot use the manifest of {directory_name!r}: {describe_problems(error, Manifest)}") from error
+        raise InvalidManifest(
+            f"cannot use the manifest of {directory_name!r}: {describe_problems(error, Manifest)}"
+        ) from error
     if manifest.name != directory_name:
         raise InvalidManifest(
             f"cannot use the manifest of {directory_name!r}: its name is {manifest.name!r} and must equal the directory's"
@@ -333,4 +335,6 @@ def verify_digest(path: Path, sha256: str | None, shown: str) -> None:
     except OSError as error:
         raise ArtifactCorrupt(f"cannot read {shown!r}: {error.strerror}") from error
     if actual != sha256:
-        raise ArtifactCorrupt(f"cannot use {shown!r}: its sha256 is {actual[:12]}... and the manifest says {sha256[:12]}...")
+        raise ArtifactCorrupt(
+            f"cannot use {shown!r}: its sha256 is {actual[:12]}... and the manifest says {sha256[:12]}..."
+        )

@@ -122,7 +122,9 @@ class Model:
     def check_version(self, version: str) -> None:
         """Raise `ModelNotFound` unless `version` is empty or the one served."""
         if version and version != self.version:
-            raise ModelNotFound(f"cannot find version {version[:32]!r} of model {self.name!r}: it serves {self.version!r}")
+            raise ModelNotFound(
+                f"cannot find version {version[:32]!r} of model {self.name!r}: it serves {self.version!r}"
+            )
 
     def status(self) -> ModelStatus:
         """The model as `status` shows it."""
@@ -165,7 +167,9 @@ class Model:
         """
         self.check_version(version)
         if self._instance is None or self._prepared is None:
-            raise ModelNotReady(f"cannot describe model {self.name!r}: it is {self.state.value}, and tensors are known once loaded")
+            raise ModelNotReady(
+                f"cannot describe model {self.name!r}: it is {self.state.value}, and tensors are known once loaded"
+            )
         signature = self._instance.signature
         format_ = self._instance.placement.load.artifact_format
         return ModelDescription(
@@ -230,7 +234,11 @@ class Model:
             found = await records()
             prepared = await asyncio.to_thread(_Prepared, self.directory, found, self._cache)
             serving = self._instance
-            if serving is not None and self._prepared is not None and prepared.fingerprint == self._prepared.fingerprint:
+            if (
+                serving is not None
+                and self._prepared is not None
+                and prepared.fingerprint == self._prepared.fingerprint
+            ):
                 if serving.state is ModelState.READY:
                     return
             instance = await self._first_that_loads(prepared)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from appliance.call import Plan, PlannedTensor
-from appliance.errors import InvalidRequest
-from appliance.manifest import Manifest
+from appliance.errors import InvalidManifest, InvalidRequest
+from appliance.manifest import Manifest, TextSection
 from appliance.types import ITEM_BYTES, Buffer, TensorSpec
 from appliance.wire import worker_pb2
 from appliance.wire.elements import check_elements
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 #: Elements of one tensor at most; keeps every product of dimensions far from overflowing an int64.
 _MAX_ELEMENTS: Final = 1 << 40
+
+#: Elements of one BYTES tensor at most: they are walked one by one on the event loop, 60 ms for so many.
+MAX_BYTES_ELEMENTS: Final = 1 << 20
 
 #: Index of the text input, which no worker sees.
 TEXT_INDEX: Final = -1
@@ -87,6 +90,20 @@ def signature_of(loaded: worker_pb2.Loaded, manifest: Manifest) -> Signature:
     )
 
 
+def check_text(section: TextSection, signature: Signature, model: str) -> None:
+    """Check that a session takes what the daemon makes of texts.
+
+    Raises:
+        InvalidManifest: It has no such input, or one of another datatype or rank.
+    """
+    rank = 2 if signature.max_batch_size else 1
+    for name in signature.made[section.input]:
+        spec = signature.inputs[name][1] if name in signature.required else None
+        if spec is None or spec.datatype != "INT64" or len(spec.shape) != rank:
+            found = f"it is {spec.datatype} {list(spec.shape)}" if spec is not None else "the model has no such input"
+            raise InvalidManifest(f"cannot feed tokens to {name!r} of {model!r} as INT64 with {rank} dimensions: {found}")
+
+
 def make_plan(
     instance: "Instance",
     signature: Signature,
@@ -117,11 +134,17 @@ def make_plan(
             raise InvalidRequest(f"cannot take input {_shown(name)}: the model takes {known}")
         index, spec = entry
         if datatype != spec.datatype:
-            raise InvalidRequest(f"cannot take input {name!r}: its datatype is {_shown(datatype)} and must be {spec.datatype!r}")
+            raise InvalidRequest(
+                f"cannot take input {name!r}: its datatype is {_shown(datatype)} and must be {spec.datatype!r}"
+            )
         elements = _check_shape(name, shape, spec.shape)
         if signature.max_batch_size:
             rows = _check_rows(name, shape[0], rows, signature.max_batch_size)
         item = ITEM_BYTES[datatype]
+        if not item and elements > MAX_BYTES_ELEMENTS:
+            raise InvalidRequest(
+                f"cannot take input {name!r}: it has {elements} elements and a BYTES tensor may have {MAX_BYTES_ELEMENTS}"
+            )
         row_shape = shape[1:] if signature.max_batch_size else shape
         planned.append(PlannedTensor(index, datatype, row_shape, elements * item if item else -1, elements))
     _check_complete(signature, seen)
@@ -179,7 +202,7 @@ def _check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...]) ->
         if expected not in (-1, dimension):
             raise InvalidRequest(f"cannot take input {name!r}: its shape is {list(shape)} and must be {list(allowed)}")
         elements *= dimension
-        if elements > _MAX_ELEMENTS:
+        if max(elements, dimension) > _MAX_ELEMENTS:  # each by itself too: a zero beside it would hide it
             raise InvalidRequest(f"cannot take input {name!r}: its shape {list(shape)} has more than 2^40 elements")
     return elements
 
@@ -188,7 +211,9 @@ def _check_rows(name: str, rows: int, others: int, limit: int) -> int:
     if rows < 1 or rows > limit:
         raise InvalidRequest(f"cannot take input {name!r}: its batch dimension is {rows} and must be 1 to {limit}")
     if others not in (0, rows):
-        raise InvalidRequest(f"cannot take input {name!r}: its batch dimension is {rows} and another input's is {others}")
+        raise InvalidRequest(
+            f"cannot take input {name!r}: its batch dimension is {rows} and another input's is {others}"
+        )
     return rows
 
 

@@ -33,7 +33,9 @@ class TextEncoder:
     """A model's tokenizer. `encode` may run in any thread."""
 
     def __init__(self, section: TextSection, tokenizer_json: bytes, model: str) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # requests are the parallelism; rayon's threads would add to ours
+        os.environ["TOKENIZERS_PARALLELISM"] = (
+            "false"  # requests are the parallelism; rayon's threads would add to ours
+        )
         from tokenizers import Tokenizer  # costs 4 MB, which a machine without text models need not pay
 
         self._section = section

@@ -14,15 +14,19 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from appliance.call import Call
-from appliance.errors import KINDS, BackendError, WorkerLost
+from appliance.errors import KINDS, BackendError, InvalidManifest, Overloaded, WorkerLost
 from appliance.slab import Slab
 from appliance.wire import worker as frames
 from appliance.wire import worker_pb2
 
 _log = logging.getLogger("appliance.worker")
 
-#: Lines of a worker's standard error that reach the log in one second.
+#: Lines of a worker's standard error that reach the log in one second, and what is read at a time of the rest.
 _MAX_LINES_A_SECOND: Final = 50
+_DROPPED_BYTES: Final = 65536
+#: Time a worker has to go by itself, and, once it is killed, for the kernel to let go of it.
+_EXIT_SECONDS: Final = 0.25
+_REAP_SECONDS: Final = 2.0
 _FD_BYTES: Final = array.array("i").itemsize
 # Plain numbers: enum members cost ten times as much to read, and every batch compares them.
 _DONE: Final = int(frames.Kind.DONE)
@@ -30,6 +34,7 @@ _FAULT: Final = int(frames.Kind.FAULT)
 _PONG: Final = int(frames.Kind.PONG)
 _PACKET_BYTES: Final = frames.MAX_PACKET_BYTES
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * _FD_BYTES)
+_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
 
 
 class Slot:
@@ -52,7 +57,11 @@ class Slot:
     def __init__(self, number: int, input_bytes: int, output_bytes: int) -> None:
         self.number = number
         self.input = Slab.create(input_bytes, "appliance-input")
-        self.output = Slab.create(output_bytes, "appliance-output")
+        try:
+            self.output = Slab.create(output_bytes, "appliance-output")
+        except Overloaded:
+            self.input.close()
+            raise
         self.calls: list[Call] = []
         self.batch = 0
         self.started_ns = 0
@@ -104,6 +113,8 @@ class WorkerLink:
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
         self._buffer = memoryview(bytearray(_PACKET_BYTES))
         self._is_lost = False
+        self._is_open = False
+        self._loss: asyncio.Task[None] | None = None
         self._mapped: set[int] = set()
         self.loaded = worker_pb2.Loaded()
         self.last_heard_ns = 0
@@ -114,41 +125,62 @@ class WorkerLink:
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     async def start(self, python: str, load: worker_pb2.Load, timeout_seconds: float) -> worker_pb2.Loaded:
-        """Spawn the worker and have it load.
+        """Spawn the worker and have it load. The listener hears nothing before this returns, nor if it raises.
 
         Raises:
             ApplianceError: As the worker reported it; `WorkerLost` where it died, `BackendError` where it took too long.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._greeting = self._loop.create_future()
+        packet = bytes((frames.Kind.LOAD,)) + load.SerializeToString()
+        if len(packet) > _PACKET_BYTES:
+            raise InvalidManifest(
+                f"cannot load the model: its manifest takes {len(packet)} bytes and {_PACKET_BYTES} are the limit"
+            )
+        greeting = self._greeting = self._loop.create_future()
         try:
-            with theirs:
-                ours.setblocking(False)
-                environment = {k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID")}
-                self._process = await asyncio.create_subprocess_exec(
-                    python or sys.executable, "-P", "-m", "appliance.worker", "--fd", str(theirs.fileno()),
-                    pass_fds=(theirs.fileno(),), env=environment,
-                    stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-                )  # fmt: skip
-        except OSError as error:
-            ours.close()
-            raise BackendError(f"cannot start a worker: {error.strerror}") from error
-        self._socket = ours
-        self._stderr = self._loop.create_task(self._read_stderr())
-        self._loop.add_reader(ours, self._on_readable)
-        self.send(bytes((frames.Kind.LOAD,)) + load.SerializeToString())
-        try:
-            self.loaded = await asyncio.wait_for(self._greeting, timeout_seconds)
+            await self._spawn(python)
+            self.send(packet)
+            async with asyncio.timeout(timeout_seconds):
+                self.loaded = await greeting
+            if self._is_lost:
+                raise WorkerLost("cannot load the model: the worker ended as soon as it had")
         except TimeoutError:
             await self.close()
             raise BackendError(f"cannot load the model: loading took longer than {timeout_seconds:g} s") from None
         except BaseException:
             await self.close()
             raise
+        self._is_open = True
         return self.loaded
 
+    async def _spawn(self, python: str) -> None:
+        """Start the process and listen to it.
+
+        Raises:
+            BackendError: It cannot be started.
+        """
+        environment = {k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID")}
+        try:
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._socket.setblocking(False)
+                # A session of its own: signals meant for the daemon's group pass it by, and what a plugin starts goes
+                # with it.
+                self._process = await asyncio.create_subprocess_exec(
+                    python or sys.executable, "-P", "-m", "appliance.worker", "--fd", str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),), env=environment, start_new_session=True,
+                    stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+                )  # fmt: skip
+        except OSError as error:
+            raise BackendError(f"cannot start a worker: {error.strerror}") from error
+        self._stderr = self._loop.create_task(self._read_stderr())
+        self._loop.add_reader(self._socket, self._on_readable)
+
     def make_slot(self, number: int, input_bytes: int, output_bytes: int) -> Slot:
-        """Make a pair of slabs and hand it to the worker."""
+        """Make a pair of slabs and hand it to the worker.
+
+        Raises:
+            Overloaded: There is no memory or descriptor for them.
+        """
         slot = Slot(number, input_bytes, output_bytes)
         packet = frames.SLAB.pack(frames.Kind.SLAB, number, 0, 0, input_bytes, output_bytes)
         self.send(packet, (slot.input.fd, slot.output.fd))
@@ -203,7 +235,7 @@ class WorkerLink:
         if connection is None:
             return
         try:
-            size, ancillary, _, _ = connection.recvmsg_into((self._buffer,), _ANCILLARY_BYTES)
+            size, ancillary, _, _ = connection.recvmsg_into((self._buffer,), _ANCILLARY_BYTES, _CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
@@ -212,6 +244,13 @@ class WorkerLink:
             self._lose()
             return
         self.last_heard_ns = time.monotonic_ns()
+        try:
+            self._take(size, ancillary)
+        except Exception:  # what cannot be taken leaves calls unanswered; losing the worker answers them
+            _log.exception("%s: cannot take a packet of the worker, which is replaced", self._label)
+            self.kill()
+
+    def _take(self, size: int, ancillary: Sequence[tuple[int, int, bytes]]) -> None:
         kind = self._buffer[0]
         if kind == _DONE:
             attached = self._adopt(ancillary) if ancillary else None
@@ -246,24 +285,32 @@ class WorkerLink:
             return
         self._is_lost = True
         self._close_socket()
-        self._loop.create_task(self._report_loss())
+        self._loss = self._loop.create_task(self._report_loss())
 
     async def _report_loss(self) -> None:
         reason = await self._end_process()
         if self._greeting is not None and not self._greeting.done():
             self._greeting.set_exception(WorkerLost(f"cannot load the model: the worker {reason}"))
-        else:
+        elif self._is_open:
+            self._is_open = False
             self._listener.on_lost(reason)
 
     def kill(self) -> None:
         """End the worker at once; `LinkListener.on_lost` follows."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        self._signal()
+        # A process stuck in the kernel keeps its socket open; nobody shall wait for it.
+        self._loop.call_later(_REAP_SECONDS, self._lose)
+
+    def _signal(self) -> None:
+        """Kill the worker and whatever it has started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
         """End the worker without telling the listener, and reap it."""
         self._is_lost = True
+        self._is_open = False
         self._close_socket()
         await self._end_process()
 
@@ -283,15 +330,16 @@ class WorkerLink:
         process = self._process
         if process is None:
             return "was never started"
-        try:
-            await asyncio.wait_for(process.wait(), 0.25)
-        except TimeoutError:
-            self.kill()
-            await process.wait()
+        gone = self._loop.create_task(process.wait())
+        await asyncio.wait({gone}, timeout=_EXIT_SECONDS)
+        self._signal()
+        await asyncio.wait({gone}, timeout=_REAP_SECONDS)
         if self._stderr is not None:
-            await asyncio.wait({self._stderr}, timeout=0.25)
+            await asyncio.wait({self._stderr}, timeout=_EXIT_SECONDS)
             self._stderr.cancel()
-        code = process.returncode or 0
+        code = process.returncode
+        if code is None:
+            return "does not end, although it was killed"
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         return f"exited with code {code}"
@@ -303,15 +351,18 @@ class WorkerLink:
             return
         second, lines = 0, 0
         while True:
+            now = int(time.monotonic())
+            second, lines = (now, 1) if now != second else (second, lines + 1)
+            if lines > _MAX_LINES_A_SECOND:  # dropped in large pieces, which costs the loop next to nothing
+                if lines == _MAX_LINES_A_SECOND + 1:
+                    _log.warning("%s: writes too much to standard error; some of it is dropped", self._label)
+                if not await stream.read(_DROPPED_BYTES):
+                    return
+                continue
             try:
                 line = await stream.readline()
             except ValueError:  # a line longer than the stream's limit; what is buffered is dropped
                 continue
             if not line:
                 return
-            now = int(time.monotonic())
-            second, lines = (now, 1) if now != second else (second, lines + 1)
-            if lines <= _MAX_LINES_A_SECOND:
-                _log.info("%s: %s", self._label, line.decode("utf-8", "replace").rstrip()[:500])
-            elif lines == _MAX_LINES_A_SECOND + 1:
-                _log.warning("%s: writes too much to standard error; the rest of this second is dropped", self._label)
+            _log.info("%s: %s", self._label, line.decode("utf-8", "replace").rstrip()[:500])

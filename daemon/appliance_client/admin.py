@@ -61,13 +61,15 @@ class AdminClient:
             connection.request(method, path, content, headers)
             response = connection.getresponse()
             reply = response.read(_MAX_REPLY_BYTES + 1)
+            if response.length and len(reply) <= _MAX_REPLY_BYTES:
+                raise http.client.IncompleteRead(reply, response.length)
         except ApplianceError:
             raise
         except TimeoutError:
             raise DeadlineExceeded(
                 f"cannot finish {method} {path}: the daemon did not answer within the timeout"
             ) from None
-        except http.client.RemoteDisconnected:
+        except (http.client.RemoteDisconnected, http.client.IncompleteRead):
             raise ConnectionLost(f"cannot finish {method} {path}: the daemon closed the connection") from None
         except http.client.HTTPException as problem:
             raise ProtocolError(f"cannot read the reply to {method} {path}: {type(problem).__name__}") from None

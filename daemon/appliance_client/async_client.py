@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from appliance_client import calls, endpoints
 from appliance_client.async_connection import AsyncConnection, complete
 from appliance_client.client import DEFAULT_MAX_ANSWER_BYTES
-from appliance_client.connection import several_answers
-from appliance_client.errors import ApplianceError, ConnectionLost, DeadlineExceeded
+from appliance_client.errors import ApplianceError, ConnectionLost, DeadlineExceeded, several_answers
 from appliance_client.regions import DEFAULT_POOL_BYTES, DEFAULT_THRESHOLD_BYTES
 from appliance_client.retry import GRACE_SECONDS, Deadline, microseconds, pause_before, should_retry
 

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from appliance_client import calls, endpoints
-from appliance_client.connection import Connection, StaleConnection
+from appliance_client.channel import StaleConnection
+from appliance_client.connection import Connection
 from appliance_client.errors import ApplianceError, ConnectionLost
 from appliance_client.pipeline import Pipeline
 from appliance_client.regions import DEFAULT_POOL_BYTES, DEFAULT_THRESHOLD_BYTES

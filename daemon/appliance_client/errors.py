@@ -170,3 +170,25 @@ def error_of(kind: str, message: str, is_retryable: bool | None = None) -> Appli
     if error is None:
         return ApplianceError(message, kind=kind, is_retryable=is_retryable)
     return error(message, is_retryable=is_retryable)
+
+
+def lost(problem: OSError | None, is_in_frame: bool) -> ConnectionLost:
+    """The error for a connection that ended: of itself where `problem` is None."""
+    where = " in the middle of a frame" if is_in_frame else ""
+    reason = "it was closed" if problem is None or not problem.strerror else problem.strerror.lower()
+    return ConnectionLost(f"cannot finish the request: the connection to the daemon ended{where}: {reason}")
+
+
+def several_answers() -> InvalidRequest:
+    """The error where a model gives several answers and the caller takes one."""
+    return InvalidRequest("cannot give one answer: the model gives several to a request; iterate over results()")
+
+
+def too_long(length: int, limit: int) -> InvalidRequest:
+    """The error for a request that exceeds the daemon's bound."""
+    return InvalidRequest(f"cannot send the request: it has {length} bytes, and the daemon takes at most {limit}")
+
+
+def not_due(identifier: int) -> ProtocolError:
+    """The error for an answer to nothing."""
+    return ProtocolError(f"cannot read the answer: id {identifier} was not asked for")

@@ -10,6 +10,9 @@ BUFFER_BYTES: Final = 65536
 #: Longest body before WELCOME: a welcome or an error.
 HANDSHAKE_BYTES: Final = 4096
 
+#: Requests up to this size are joined and sent at once; of larger ones the parts are sent as they lie.
+JOIN_BYTES: Final = 65536
+
 _ALIGNMENT: Final = 16
 
 

@@ -4,8 +4,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from appliance_client.connection import Connection, several_answers
-from appliance_client.errors import ApplianceError, InvalidRequest
+from appliance_client.connection import Connection
+from appliance_client.errors import ApplianceError, InvalidRequest, several_answers
 from appliance_client.retry import microseconds
 
 if TYPE_CHECKING:

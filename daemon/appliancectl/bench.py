@@ -1,6 +1,5 @@
 """``appliancectl bench``: a closed loop over the native socket."""
 
-import asyncio
 import sys
 import time
 from collections import Counter
@@ -127,6 +126,8 @@ def _step(
 ) -> Tally:
     if concurrency == 1:
         return _alone(target, model, inputs, duration_s, advance)
+    import asyncio  # costs as much as everything else a short command loads
+
     return asyncio.run(_together(target, model, inputs, concurrency, duration_s, advance))
 
 
@@ -174,6 +175,8 @@ async def _together(
     duration_s: float,
     advance: Callable[[float], None],
 ) -> Tally:
+    import asyncio
+
     from appliance_client import ApplianceError
 
     tally = Tally(concurrency)

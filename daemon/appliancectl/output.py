@@ -50,9 +50,19 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str) -> None:
-    """A table; a column marked with ``>`` stands to the right. `empty` is said where there are no rows."""
+    """A table; a column marked with ``>`` stands to the right. `empty` is said where there are no rows.
+
+    On a terminal too narrow for it, every row becomes a paragraph of ``column  cell`` lines.
+    """
     if not rows:
         click.echo(empty)
+        return
+    widths = (max(len(cell) for cell in cells) for cells in zip(columns, *rows, strict=True))
+    if sum(widths) + 2 * len(columns) > console().width:
+        for number, row in enumerate(rows):
+            if number:
+                click.echo()
+            print_pairs([(column.removeprefix(">"), cell) for column, cell in zip(columns, row, strict=True)])
         return
     from rich.table import Table
     from rich.text import Text

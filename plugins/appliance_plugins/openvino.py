@@ -70,7 +70,10 @@ class OpenVinoBackend:
         if device.kind != "cpu" or artifact.format not in self.formats:
             return ()
         has_bf16 = not _BF16_FEATURES.isdisjoint(device.features)
-        return tuple(Variant(self.name, device.id, one, {"cache_dir": ""}) for one in (("FP32", "BF16") if has_bf16 else ("FP32",)))
+        return tuple(
+            Variant(self.name, device.id, one, {"cache_dir": ""})
+            for one in (("FP32", "BF16") if has_bf16 else ("FP32",))
+        )
 
     def load(self, artifact: Artifact, variant: Variant) -> Session:
         """Read and compile a model.

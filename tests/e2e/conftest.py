@@ -30,7 +30,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, model_repository: Path):
         yield running
 
 
-@pytest.fixture()
+@pytest.fixture
 def own_daemon(tmp_path: Path):
     """Starts daemons of a test's own: call it with a repository and configuration sections."""
     started: list[RunningDaemon] = []

@@ -126,7 +126,9 @@ def _toml(value) -> str:
     return json.dumps(value)  # strings, numbers, booleans and lists are written alike
 
 
-def start_daemon(directory: Path, models: Path, wait: bool = True, environment: dict | None = None, **sections) -> RunningDaemon:
+def start_daemon(
+    directory: Path, models: Path, wait: bool = True, environment: dict | None = None, **sections
+) -> RunningDaemon:
     """Start a daemon on sockets below `directory` and wait until it is ready.
 
     Keyword arguments are configuration sections, such as ``limits={"max_regions": 2}``.

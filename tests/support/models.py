@@ -23,7 +23,11 @@ def save(directory: Path, nodes, inputs, outputs, initializers=(), version: int 
     return directory
 
 
-def write_identity(directory: Path, shape=("batch", 16), element_type: int = TensorProto.FLOAT, version: int = 1) -> Path:
+def write_identity(
+    directory: Path, shape=("batch", 16), element_type: int = TensorProto.FLOAT, version: int = 1
+) -> Path:
     """Input ``x`` to output ``y``, unchanged."""
     tensor = [element_type, list(shape)]
-    return save(directory, [helper.make_node("Identity", ["x"], ["y"])], [("x", *tensor)], [("y", *tensor)], (), version)
+    return save(
+        directory, [helper.make_node("Identity", ["x"], ["y"])], [("x", *tensor)], [("y", *tensor)], (), version
+    )

@@ -54,4 +54,6 @@ def authorise(peer: Peer, method: str) -> None:
         PermissionDenied: The peer's role is too low, or the method is in no row of the table.
     """
     if not may(peer.role, method):
-        raise PermissionDenied(f"cannot call {method}: it needs the role admin, and this connection has {peer.role.value}")
+        raise PermissionDenied(
+            f"cannot call {method}: it needs the role admin, and this connection has {peer.role.value}"
+        )

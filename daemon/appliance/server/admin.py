@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from appliance import __version__
 from appliance.errors import ModelNotFound
-from appliance.server.rest_models import EXTENSIONS
+from appliance.server.oip import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,15 @@ from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, Final
 
 from appliance.config import Config
-from appliance.errors import ApplianceError, InvalidRequest, Overloaded, PermissionDenied, ShuttingDown, Unimplemented
+from appliance.errors import (
+    ApplianceError,
+    InvalidRequest,
+    ModelNotReady,
+    Overloaded,
+    PermissionDenied,
+    ShuttingDown,
+    Unimplemented,
+)
 from appliance.server import rest_models
 from appliance.server.access import authorise
 from appliance.server.admin import AdminViews
@@ -221,15 +229,18 @@ class HttpApp:
     async def _ready(self, _: Request) -> Response:
         if self._engine.is_ready():
             return json_response({"ready": True})
-        kind = "model-not-ready" if self._engine.accepting else ShuttingDown.kind
-        return json_response({"ready": False, "error": "cannot serve yet: startup is not finished", "kind": kind}, 503)
+        if self._engine.accepting:
+            error, kind = "cannot serve yet: startup models are not ready", ModelNotReady.kind
+        else:
+            error, kind = "cannot serve any more: the daemon is stopping", ShuttingDown.kind
+        return json_response({"ready": False, "error": error, "kind": kind}, 503)
 
     async def _model_ready(self, request: Request) -> Response:
         name = request.names["model"]
         if self._engine.model_is_ready(name, request.names["version"]):
             return json_response({"name": name, "ready": True})
         error = f"cannot use model {name!r}: it is not ready"
-        return json_response({"name": name, "ready": False, "error": error, "kind": "model-not-ready"}, 503)
+        return json_response({"name": name, "ready": False, "error": error, "kind": ModelNotReady.kind}, 503)
 
     async def _model_metadata(self, request: Request) -> Response:
         return json_response(

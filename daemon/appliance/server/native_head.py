@@ -1,17 +1,16 @@
 """The head of an INFER frame: parsed and validated once, then found again by its bytes."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from appliance.call import OutputTable, Plan, RegionView
 from appliance.errors import Cancelled, InvalidRequest
 from appliance.planner import check_contents
 from appliance.region import Region
 from appliance.server.oip_infer import read_outputs, read_parameters, request_from_message
-from appliance.server.oip_wire import parse_message
 from appliance.types import Buffer, Peer
-from appliance.wire.elements import end_of_elements
-from appliance.wire.open_inference_pb2 import ModelInferRequest, ModelInferResponse
+from appliance.wire.elements import check_elements, end_of_elements
+from appliance.wire.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 
 if TYPE_CHECKING:
     from appliance.engine import Engine
@@ -20,6 +19,9 @@ _REGION = "shared_memory_region"
 _OFFSET = "shared_memory_offset"
 _SIZE = "shared_memory_byte_size"
 _REGION_PARAMETERS = frozenset((_REGION, _OFFSET, _SIZE))
+
+#: Bytes of a BYTES tensor in a region, which is copied before it is checked.
+_MAX_COPIED_BYTES: Final = 1 << 26
 
 #: Answer to CANCEL.
 CANCELLED = Cancelled("the request was cancelled")
@@ -74,6 +76,10 @@ def read_head(engine: "Engine", message: ModelInferRequest) -> Head:
             raise InvalidRequest(
                 f"cannot take input {name!r}: {_SIZE} is {source.size} and its shape and datatype need {size}"
             )
+        if source is not None and size < 0 and source.size > _MAX_COPIED_BYTES:
+            raise InvalidRequest(
+                f"cannot take input {name!r}: {_SIZE} is {source.size} and BYTES may have {_MAX_COPIED_BYTES}"
+            )
         if source is None:
             tail = -1 if size < 0 or tail < 0 else tail + size
     names = tuple(head[0] for head in heads)
@@ -81,7 +87,7 @@ def read_head(engine: "Engine", message: ModelInferRequest) -> Head:
     return Head(message.model_name, plan, names, sources, sizes, tail, timeout_us, has_regions)
 
 
-def _source(name: str, parameters: Mapping[str, object]) -> RegionSource | None:
+def _source(name: str, parameters: Mapping[str, InferParameter]) -> RegionSource | None:
     if not parameters:
         return None
     unknown = sorted(set(parameters) - _REGION_PARAMETERS)
@@ -90,25 +96,33 @@ def _source(name: str, parameters: Mapping[str, object]) -> RegionSource | None:
     values = []
     for key in (_REGION, _OFFSET, _SIZE):
         parameter = parameters.get(key)
-        value = 0 if parameter is None and key == _OFFSET else getattr(parameter, "int64_param", -1)
+        value = 0 if parameter is None and key == _OFFSET else _number(parameter)
         if value < 0:
             raise InvalidRequest(f"cannot take input {name!r}: its parameter {key} must be a number from 0")
         values.append(value)
     return RegionSource(*values)
 
 
-def has_inline_contents(message: ModelInferRequest) -> bool:
+def _number(parameter: InferParameter | None) -> int:
+    """The parameter's number; -1 where it has none."""
+    choice = parameter.WhichOneof("parameter_choice") if parameter is not None else None
+    return getattr(parameter, choice) if choice in ("int64_param", "uint64_param") else -1
+
+
+def has_inline_contents(message: ModelInferRequest, raw: Sequence[Buffer]) -> bool:
     """True where the message itself holds tensors, so that it is no head to keep."""
-    return bool(message.raw_input_contents) or any(tensor.HasField("contents") for tensor in message.inputs)
+    return len(raw) > 0 or any(tensor.HasField("contents") for tensor in message.inputs)
 
 
-def read_inline(engine: "Engine", message: ModelInferRequest, peer: Peer) -> tuple[Head, Sequence[Buffer]]:
+def read_inline(
+    engine: "Engine", message: ModelInferRequest, raw: Sequence[Buffer], peer: Peer
+) -> tuple[Head, Sequence[Buffer]]:
     """Validate a message that holds its tensors itself; returns its head and contents.
 
     Raises:
         ApplianceError: The request cannot run.
     """
-    request = request_from_message(message, peer)
+    request = request_from_message(message, peer, raw=raw)
     heads = [(tensor.name, tensor.datatype, tensor.shape) for tensor in request.inputs]
     plan = engine.plan(request.model, request.version, heads, request.outputs)
     names = tuple(tensor.name for tensor in request.inputs)
@@ -124,15 +138,6 @@ def check_inline(head: Head, contents: Sequence[Buffer]) -> int:
         InvalidRequest: A tensor has too few or too many bytes or elements.
     """
     return check_contents(head.plan, head.names, contents)
-
-
-def parse_head(content: Buffer) -> ModelInferRequest:
-    """Parse the message of an INFER frame.
-
-    Raises:
-        InvalidRequest: It is no ModelInferRequest.
-    """
-    return parse_message(ModelInferRequest, bytes(content))
 
 
 def split_tail(
@@ -156,6 +161,7 @@ def split_tail(
             if size < 0:
                 # The client could change lengths after they were checked, so they are checked on a copy.
                 content = bytes(content)
+                check_elements(content, tensor.elements, name)
             views.append(RegionView(region, source.offset) if size >= 0 else None)
         else:
             end = position + size if size >= 0 else end_of_elements(tail, position, tensor.elements, name)

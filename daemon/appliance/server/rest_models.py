@@ -1,21 +1,11 @@
 """Open Inference Protocol REST: what models are and how they fare, as JSON values in Triton's shape."""
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any
 
 from appliance.metrics import BatchStatistics, Duration, ModelStatistics
+from appliance.server.oip import STATE_WORDS
 from appliance.types import ModelDescription, ModelState, ModelStatus, TensorSpec
-
-#: Extensions the server metadata names; Triton's words.
-EXTENSIONS: Final = ("model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
-
-#: Triton's words for the states, by ours.
-_INDEX_STATE: Final = {
-    ModelState.READY: "READY",
-    ModelState.LOADING: "LOADING",
-    ModelState.RESTARTING: "LOADING",
-    ModelState.UNLOADING: "UNLOADING",
-}
 
 
 def _metadata_tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -90,7 +80,7 @@ def repository_index(statuses: Iterable[ModelStatus], ready_only: bool) -> list[
         {
             "name": status.name,
             "version": status.version,
-            "state": _INDEX_STATE.get(status.state, "UNAVAILABLE"),
+            "state": STATE_WORDS[status.state],
             "reason": status.reason or ("" if status.state is ModelState.READY else status.state.value),
         }
         for status in statuses

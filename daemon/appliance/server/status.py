@@ -50,7 +50,7 @@ HTTP_STATUS: Final[dict[str, int]] = {
 
 
 def grpc_status(error: ApplianceError) -> grpc.StatusCode:
-    """gRPC status of an error."""
+    """GRPC status of an error."""
     return GRPC_STATUS[error.kind]
 
 

@@ -37,7 +37,9 @@ class Frame(IntEnum):
     CALL = 6  #: body: method length u8, method name, the method's OIP message
 
     WELCOME = 16  #: body WELCOME, then the server's version as UTF-8
-    RESULT = 17  #: body: TIMINGS, head: ModelInferResponse without raw contents (TIMINGS not counted), tail: raw outputs
+    RESULT = (
+        17  #: body: TIMINGS, head: ModelInferResponse without raw contents (TIMINGS not counted), tail: raw outputs
+    )
     ERROR = 18  #: body: is_retryable u8, kind length u8, kind, message as UTF-8
     REPLY = 19  #: answer to CALL; body: the method's OIP message
     REGION_READY = 20  #: answer to REGION; no body

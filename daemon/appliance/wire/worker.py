@@ -103,5 +103,7 @@ def unpack_layout(packet: bytes | memoryview, start: int, count: int) -> tuple[l
             start += 8 * ndim
             tensors.append(TensorLayout(index, DATATYPES[code], shape, region, offset, byte_length))
     except (struct.error, IndexError) as error:
-        raise ValueError("cannot read the packet: its tensor table is truncated or names an unknown datatype") from error
+        raise ValueError(
+            "cannot read the packet: its tensor table is truncated or names an unknown datatype"
+        ) from error
     return tensors, start

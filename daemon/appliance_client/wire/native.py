@@ -62,6 +62,11 @@ class Welcome(NamedTuple):
     max_region_bytes: int
     server_version: str
 
+    @property
+    def regions_usable(self) -> int:
+        """Regions that can really be registered: none where no descriptor may travel."""
+        return self.max_regions if self.max_descriptors_per_frame else 0
+
 
 def pack_hello() -> bytes:
     """The first frame of a connection."""

@@ -1,4 +1,4 @@
-"""A peer that speaks the native protocol with the daemon's own codec, so that every test also holds the two codecs together."""
+"""A peer that speaks the native protocol with the daemon's own codec: every test also holds the two codecs together."""
 
 import fcntl
 import mmap
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
 from appliance.types import ITEM_BYTES
 from appliance.wire import native
 from appliance.wire import open_inference_pb2 as pb
@@ -171,7 +170,9 @@ class Peer:
         self.region_error: tuple[str, str, bool] | None = None
         self.models: dict[str, Callable[[Session, PeerRequest], None]] = {}
         self.methods: dict[str, Callable[[Session, int, bytes], None]] = {}
-        self.on_cancel: Callable[[Session, int], None] = lambda session, identifier: session.error(identifier, "cancelled")
+        self.on_cancel: Callable[[Session, int], None] = lambda session, identifier: session.error(
+            identifier, "cancelled"
+        )
         self.script: Callable[[socket.socket], None] | None = None
         self.frames: list[tuple[Frame, int, bytes]] = []
         self.sessions: list[Session] = []
@@ -253,7 +254,7 @@ class Peer:
         assert not self.problems, self.problems
 
 
-@pytest.fixture()
+@pytest.fixture
 def peer(tmp_path: Path):
     """A peer listening on a socket of its own."""
     running = Peer(tmp_path / "infer.sock")
@@ -261,7 +262,7 @@ def peer(tmp_path: Path):
     running.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def open_descriptors():
     """Counts this process's open file descriptors."""
     return lambda: len(os.listdir("/proc/self/fd"))

@@ -5,10 +5,9 @@ import pickle
 import socket
 import threading
 
+import appliance_client
 import numpy as np
 import pytest
-
-import appliance_client
 from appliance import errors as daemon_errors
 from appliance.wire import native
 from appliance.wire.native import Frame
@@ -58,7 +57,7 @@ def test_the_client_has_a_class_for_every_kind_of_the_daemon_and_agrees_on_retry
 @pytest.mark.parametrize("kind", sorted(daemon_errors.KINDS))
 def test_every_kind_arrives_as_its_class(peer, infer, kind):
     peer.models["m"] = lambda session, request: session.error(request.identifier, kind, "cannot: ä", is_retryable=True)
-    with pytest.raises(ApplianceError, match="^cannot: ä$") as caught:
+    with pytest.raises(ApplianceError, match=r"^cannot: ä$") as caught:
         infer(peer.path)
     assert type(caught.value) is KINDS[kind]
     assert caught.value.kind == kind
@@ -126,7 +125,10 @@ def test_a_socket_of_another_group_says_so(tmp_path, infer, monkeypatch):
 
 
 def frame(kind, identifier=1, body=b"", *, length=None, head=0, descriptors=0, flags=0):
-    return native.HEADER.pack(len(body) if length is None else length, kind, flags, descriptors, identifier, head, 0) + body
+    return (
+        native.HEADER.pack(len(body) if length is None else length, kind, flags, descriptors, identifier, head, 0)
+        + body
+    )
 
 
 WELCOME = frame(Frame.WELCOME, 0, native.WELCOME.pack(native.MAGIC, 1, 0, 1 << 20, 64, 4, 1, 1 << 20) + b"9")
@@ -176,7 +178,11 @@ def test_a_broken_handshake_is_an_error_and_no_hang(peer, infer, content, error,
         (frame(Frame.REPLY, 1), ProtocolError, "was not due|not asked for"),
         (frame(Frame.WELCOME, 0), ProtocolError, "was not due"),
         (frame(Frame.ERROR, 1, b"\0\xffab"), ProtocolError, "truncated"),
-        (frame(Frame.ERROR, 0, native.pack_error("invalid-request", "no", False)), appliance_client.InvalidRequest, "no"),
+        (
+            frame(Frame.ERROR, 0, native.pack_error("invalid-request", "no", False)),
+            appliance_client.InvalidRequest,
+            "no",
+        ),
     ],
 )
 def test_a_broken_answer_is_an_error_and_no_hang(peer, infer, content, error, reason):
@@ -452,5 +458,3 @@ def test_a_closed_concurrent_client_says_so(peer):
             await client.infer("m", X)
 
     asyncio.run(run())
-
-

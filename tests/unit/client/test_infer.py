@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-
 from appliance.wire.native import Frame
 from appliance_client import Client, InvalidRequest, Tensor
 
 
-@pytest.fixture()
+@pytest.fixture
 def client(peer):
     with Client(peer.path) as client:
         yield client
@@ -101,7 +100,10 @@ def test_text_decodes_bytes_outputs_in_their_shape(client):
 
 def test_lists_of_numbers_take_numpys_types(peer, client):
     seen = []
-    peer.models["m"] = lambda session, request: (seen.extend(t.datatype for t in request.message.inputs), session.echo(request))
+    peer.models["m"] = lambda session, request: (
+        seen.extend(t.datatype for t in request.message.inputs),
+        session.echo(request),
+    )
     client.infer("m", {"a": [1, 2], "b": [0.5], "c": [True], "d": 3, "e": 0.5})
     assert seen == ["INT64", "FP64", "BOOL", "INT64", "FP64"]
 
@@ -121,8 +123,13 @@ def test_an_array_of_a_type_named_bfloat16_is_bf16(client):
 
 def test_a_tensor_names_its_datatype(peer, client):
     seen = []
-    peer.models["m"] = lambda session, request: (seen.extend(t.datatype for t in request.message.inputs), session.echo(request))
-    answer = client.infer("m", {"a": Tensor([0.5, 1], "FP32"), "b": Tensor([1, 255], "UINT8"), "c": Tensor([["x"]], "BYTES")})
+    peer.models["m"] = lambda session, request: (
+        seen.extend(t.datatype for t in request.message.inputs),
+        session.echo(request),
+    )
+    answer = client.infer(
+        "m", {"a": Tensor([0.5, 1], "FP32"), "b": Tensor([1, 255], "UINT8"), "c": Tensor([["x"]], "BYTES")}
+    )
     assert seen == ["FP32", "UINT8", "BYTES"]
     assert answer["b"].tolist() == [1, 255]
     assert answer.text("c") == [["x"]]

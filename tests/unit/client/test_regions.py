@@ -6,7 +6,6 @@ import threading
 
 import numpy as np
 import pytest
-
 from appliance.wire.native import Frame
 from appliance_client import AsyncClient, Client, ConnectionLost, InvalidRequest
 from appliance_client.regions import Region, RegionPool
@@ -125,7 +124,9 @@ def test_what_fits_neither_region_nor_frame_is_refused(peer, infer):
 @both
 def test_a_region_is_used_again_after_an_error(peer, infer):
     peer.models["m"] = lambda session, request: (
-        session.error(request.identifier, "model-not-ready") if len(peer.received(Frame.INFER)) == 1 else session.echo(request)
+        session.error(request.identifier, "model-not-ready")
+        if len(peer.received(Frame.INFER)) == 1
+        else session.echo(request)
     )
 
     def tolerant(path):
