@@ -47,10 +47,28 @@ def round_trip(infer_socket: str, peer_path: str) -> list[Line]:
     floor = median([median(each) for each in bare])
     p99 = median([percentile(each, 0.99) for each in ours])
     return [
-        Line("1", "round trip, 64 bytes, Python client, p50", p50, "us", "<= 100 us", p50 <= 100, f"bare uvloop echo {floor:.0f} us", p50 / floor),
+        Line(
+            "1",
+            "round trip, 64 bytes, Python client, p50",
+            p50,
+            "us",
+            "<= 100 us",
+            p50 <= 100,
+            f"bare uvloop echo {floor:.0f} us",
+            p50 / floor,
+        ),
         Line("1", "the same, p99", p99, "us"),
-        Line("6", "lone request on an idle daemon: time queued, p50", median(queued), "us", "no batching delay", median(queued) < 50, "round trip", median(queued) / p50),
-    ]  # fmt: skip
+        Line(
+            "6",
+            "lone request on an idle daemon: time queued, p50",
+            median(queued),
+            "us",
+            "no batching delay",
+            median(queued) < 50,
+            "round trip",
+            median(queued) / p50,
+        ),
+    ]
 
 
 def native_round_trip(program: Path, infer_socket: str, frames: tuple[Path, Path]) -> list[Line]:
@@ -71,9 +89,18 @@ def sixteen_connections(program: Path, infer_socket: str, peer_path: str, frames
     p99 = median([run["p99_us"] for run in ours])
     floor = median([run["per_second"] for run in bare])
     return [
-        Line("2", "16 connections, one request each", rate, "/s", ">= 45,000/s", rate >= 45000, f"bare uvloop echo {floor:,.0f}/s", rate / floor),
+        Line(
+            "2",
+            "16 connections, one request each",
+            rate,
+            "/s",
+            ">= 45,000/s",
+            rate >= 45000,
+            f"bare uvloop echo {floor:,.0f}/s",
+            rate / floor,
+        ),
         Line("2", "the same, p99", p99, "us", "<= 1,000 us", p99 <= 1000),
-    ]  # fmt: skip
+    ]
 
 
 def large_input(infer_socket: str, model: Path) -> list[Line]:
@@ -94,8 +121,17 @@ def large_input(infer_socket: str, model: Path) -> list[Line]:
     added = median([a - b for a, b in zip(ours, bare, strict=True)])
     memcpy = median(_timed(lambda: array.copy(), 300))
     return [
-        Line("3", "600 kB input by memfd: added to the model itself, p50", added, "us", "<= 100 us", added <= 100, f"model in process {median(bare):.0f} us", median(ours) / median(bare)),
+        Line(
+            "3",
+            "600 kB input by memfd: added to the model itself, p50",
+            added,
+            "us",
+            "<= 100 us",
+            added <= 100,
+            f"model in process {median(bare):.0f} us",
+            median(ours) / median(bare),
+        ),
         Line("3", "of which the client's copy into the memfd, about", memcpy, "us"),
         Line("3", "the same model's time in the worker", median(model_us), "us"),
         Line("3", "the same input inline, p50", inline, "us", "", None, "by memfd", inline / median(ours)),
-    ]  # fmt: skip
+    ]

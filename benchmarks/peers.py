@@ -24,7 +24,7 @@ async def _serve_frames(path: str) -> None:
             self.transport = transport
 
         def data_received(self, content: bytes) -> None:
-            length, kind, _, _, number, _, _ = HEADER.unpack_from(content)
+            _, kind, _, _, number, _, _ = HEADER.unpack_from(content)
             is_hello = kind == Frame.HELLO
             body = b"\0" * WELCOME.size if is_hello else answer
             self.transport.write(

@@ -42,8 +42,17 @@ def start() -> list[Line]:
             bare.append((time.perf_counter() - began) * 1000)
     ready, floor = median(ours), median(bare)
     return [
-        Line("10", "applianced ready without models", ready, "ms", "<= 1,000 ms", ready <= 1000, f"python -c 'import asyncio' {floor:.0f} ms", ready / floor),
-    ]  # fmt: skip
+        Line(
+            "10",
+            "applianced ready without models",
+            ready,
+            "ms",
+            "<= 1,000 ms",
+            ready <= 1000,
+            f"python -c 'import asyncio' {floor:.0f} ms",
+            ready / floor,
+        ),
+    ]
 
 
 def load_large(daemon: RunningDaemon, model: Path, name: str, backend: str) -> list[Line]:
@@ -64,8 +73,17 @@ def load_large(daemon: RunningDaemon, model: Path, name: str, backend: str) -> l
             del session
     took, floor = median(ours[1:]), median(bare[1:])
     return [
-        Line("10", f"90 MB model through {backend}: load to first answer, caches warm", took, "ms", "<= 500 ms", took <= 500, f"onnxruntime in process {floor:.0f} ms", took / floor),
-    ]  # fmt: skip
+        Line(
+            "10",
+            f"90 MB model through {backend}: load to first answer, caches warm",
+            took,
+            "ms",
+            "<= 500 ms",
+            took <= 500,
+            f"onnxruntime in process {floor:.0f} ms",
+            took / floor,
+        ),
+    ]
 
 
 def idle(daemon: RunningDaemon, what: str) -> list[Line]:
@@ -82,6 +100,15 @@ def idle(daemon: RunningDaemon, what: str) -> list[Line]:
     )  # fmt: skip
     floor = int(bare.stdout) * resource.getpagesize() / 1e6
     return [
-        Line("11", f"front-end resident, {what}", memory, "MB", "<= 60 MB", memory <= 60, f"python with uvloop and grpc {floor:.0f} MB", memory / floor),
+        Line(
+            "11",
+            f"front-end resident, {what}",
+            memory,
+            "MB",
+            "<= 60 MB",
+            memory <= 60,
+            f"python with uvloop and grpc {floor:.0f} MB",
+            memory / floor,
+        ),
         Line("11", f"daemon and {len(processes) - 1} workers idle, {what}", used, "% of a core", "< 0.5 %", used < 0.5),
-    ]  # fmt: skip
+    ]

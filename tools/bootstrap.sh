@@ -67,21 +67,25 @@ is_wanted_python() {
     [[ -z ${PYTHON:-} ]] || [[ $("$PYTHON" -V 2>/dev/null) == "$("$venv/bin/python" -V 2>/dev/null)" ]]
 }
 
-# Runs pip with its output in a log; on a terminal a line counts the packages.
-pip_install() {
-    local log=$venv/pip.log wanted
-    wanted=$(grep -c '^[a-z0-9]' requirements.lock)
-    local count='/^Collecting / {
-        printf "\r  %d of about %d packages ", ++n, wanted; fflush() }
-        /^Installing / { printf "\r  unpacking ...              "; fflush() }'
-    [[ -t 2 ]] || count='{}'
-    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" 2>&1 |
-        tee "$log" | awk -v wanted="$wanted" "$count" >&2; then
-        [[ -t 2 ]] && printf '\r%40s\r' '' >&2
-        grep -v '^Collecting\|^  Downloading\|^  Using cached' "$log" | tail -n 15 >&2 || true
-        fail "pip could not install the dependencies (see above); a proxy, mirror or wheel directory is pip's setting, PIP_*"
+# On a terminal, one line that counts what pip has looked at; elsewhere nothing.
+show_progress() {
+    if [[ ! -t 2 ]]; then
+        cat >/dev/null
+        return
     fi
-    if [[ -t 2 ]]; then printf '\r%40s\r' '' >&2; fi
+    awk -v wanted="$(grep -c '^[a-z0-9]' requirements.lock)" '
+        /^Collecting / { printf "\r  %d of about %d packages", ++count, wanted; fflush() }
+        /^Installing / { printf "\r  unpacking ...              "; fflush() }
+        END { printf "\r%40s\r", "" }' >&2
+}
+
+pip_install() {
+    local log=$venv/pip.log
+    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" 2>&1 |
+        tee "$log" | show_progress; then
+        grep -v '^Collecting\|^Ignoring\|^Looking\|^  Downloading\|^  Using cached' "$log" | tail -n 15 >&2 || true
+        fail "pip could not install the dependencies; a proxy, mirror or wheel directory is pip's own setting (PIP_*)"
+    fi
 }
 
 lock_stamp=$(stamp_of requirements.lock tools/bootstrap.sh)

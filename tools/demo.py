@@ -161,10 +161,11 @@ def running_daemon(directory: Path, repository: Path) -> Iterator[tuple[Popen[by
     try:
         yield daemon, _wait_for_endpoints(daemon, directory / "endpoints.json")
         daemon.terminate()
-        if code := daemon.wait(_STOP_SECONDS):
-            raise DemoError(f"the daemon ended with status {code}")
+        if daemon.wait(_STOP_SECONDS):
+            raise DemoError("the daemon did not end well")
     except (DemoError, RefusedError, ApplianceError, OSError, TimeoutExpired) as error:
-        raise DemoError(f"{error}\nthe end of the daemon's log:\n{_tail(log)}") from error
+        ended = f"; the daemon had ended with status {daemon.returncode}" if daemon.poll() else ""
+        raise DemoError(f"{error}{ended}\nthe end of the daemon's log:\n{_tail(log)}") from error
     finally:
         if daemon.poll() is None:
             daemon.kill()
@@ -175,7 +176,7 @@ def _wait_for_endpoints(daemon: Popen[bytes], path: Path) -> Endpoints:
     end = time.monotonic() + _START_SECONDS
     while not path.exists():
         if daemon.poll() is not None:
-            raise DemoError(f"the daemon ended with status {daemon.returncode} instead of starting")
+            raise DemoError("the daemon did not start")
         if time.monotonic() > end:
             raise DemoError(f"the daemon did not listen within {_START_SECONDS:g} s")
         time.sleep(0.02)
@@ -322,8 +323,8 @@ def show(trials: Sequence[Trial], say: Console) -> None:
     say.print(table_of(trials))
     counts = " and ".join(f"{len(trial.model.samples)} held-out inputs of {trial.model.name}" for trial in trials)
     say.print(
-        f"\nOver each transport: {counts}. native is infer.sock. p50 and p99 are of single requests, one after another, "
-        "as the client sees them: encoding, sockets, queue, model and decoding together."
+        f"\nOver each transport: {counts}. native is infer.sock. p50 and p99 are of single requests, one after "
+        "another, as the client sees them: encoding, sockets, queue, model and decoding together."
     )
     for trial in trials:
         sample, label = trial.model.samples[0], trial.outcomes[0].labels[0]

@@ -1,8 +1,8 @@
 """The plugin contract: what a backend must offer, in terms of numpy arrays and plain values.
 
-A backend is found through the entry-point group ``appliance.backends``. The daemon imports the plugin's module only in a
-worker process, and the plugin imports its vendor runtime only inside `Backend.load` or `Backend.probe`. A plugin knows
-nothing of asyncio, sockets or batches of requests: it is handed arrays whose first dimension is the batch.
+A backend is found through the entry-point group ``appliance.backends``. The daemon imports the plugin's module only in
+a worker process, and the plugin imports its vendor runtime only inside `Backend.load` or `Backend.probe`. A plugin
+knows nothing of asyncio, sockets or batches of requests: it is handed arrays whose first dimension is the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,9 +94,9 @@ class Execution:
 class Session(Protocol):
     """A loaded variant: tensors in, tensors out.
 
-    `run` is called from one thread at a time. Input arrays are C-contiguous, writable views on shared memory that are valid
-    during the call only. BF16 travels as ``uint16`` arrays holding the upper halves of FP32; BYTES as ``object`` arrays of
-    ``bytes``; every other datatype as its numpy namesake.
+    `run` is called from one thread at a time. Input arrays are C-contiguous, writable views on shared memory that are
+    valid during the call only. BF16 travels as ``uint16`` arrays holding the upper halves of FP32; BYTES as ``object``
+    arrays of ``bytes``; every other datatype as its numpy namesake.
     """
 
     @property

@@ -1,8 +1,8 @@
 """The queue of one model and the choice of the next batch.
 
 Bounded by count and bytes, one queue per shape signature, first come first served among the signatures' oldest calls.
-How many rows to take is the policy's choice; `EagerPolicy` takes the largest batch that is there, as Triton does, and never
-waits for more. The module knows no model semantics, no sockets and no clock.
+How many rows to take is the policy's choice; `EagerPolicy` takes the largest batch that is there, as Triton does, and
+never waits for more. The module knows no model semantics, no sockets and no clock.
 """
 
 from collections import deque
@@ -167,7 +167,7 @@ class Batcher:
         return queue[0]
 
     def drain(self) -> list[Call]:
-        """Take every queued call, oldest first; like a batch's, their state is RUNNING, so that nothing withdraws them."""
+        """Take every queued call, oldest first; their state is RUNNING, like a batch's, so that nothing withdraws them."""
         # A call that was readmitted stands among the arrivals twice.
         calls = list(dict.fromkeys(call for call in self._arrivals if call.state is QUEUED))
         for call in calls:

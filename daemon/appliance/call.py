@@ -81,7 +81,7 @@ class OutputTable(NamedTuple):
     is_batched: bool
 
     def view(self, index: int, memory: memoryview, row: int, rows: int) -> tuple[tuple[int, ...], memoryview]:
-        """Shape and bytes of rows ``row`` to ``row + rows`` of one output; the bytes are valid until the slot is reused."""
+        """Shape and bytes of rows ``row`` to ``row + rows`` of one output; the bytes are valid until the slot is freed."""
         _, datatype, shape, _, offset, byte_length = self.tensors[index]
         if datatype == "BYTES":
             total = shape[0] if self.is_batched else 1
@@ -155,14 +155,12 @@ class Call:
         tokenise_ns: Time its texts took; 0 without text.
         nbytes: Bytes it holds in the queue.
         is_alone: True where it must not share a batch.
-        has_run_alone: True once a failed batch made it run by itself.
     """
 
     __slots__ = (
         "admitted_ns",
         "contents",
         "deadline_ns",
-        "has_run_alone",
         "id",
         "is_alone",
         "nbytes",
@@ -186,7 +184,6 @@ class Call:
         self.tokenise_ns = 0
         self.nbytes = plan.byte_length
         self.is_alone = False
-        self.has_run_alone = False
         self.state: CallState = NEW
 
     def use_regions(self, views: Sequence[RegionView | None]) -> None:

@@ -7,9 +7,9 @@ import ipaddress
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from appliance.errors import ConfigError
 from appliance.problems import describe_problems
@@ -41,7 +41,8 @@ class ListenSection(_Section):
     """Sockets.
 
     Attributes:
-        directory: Directory of the Unix sockets; empty for ``$XDG_RUNTIME_DIR/appliance``, or ``/run/appliance`` for root.
+        directory: Directory of the Unix sockets; empty for ``$XDG_RUNTIME_DIR/appliance``, or ``/run/appliance`` for
+            root.
         grpc_tcp: ``host:port`` for gRPC over TCP, empty for none. Loopback only.
         http_tcp: ``host:port`` for HTTP over TCP, empty for none. Loopback only.
     """
@@ -50,12 +51,12 @@ class ListenSection(_Section):
     grpc_tcp: str = ""
     http_tcp: str = ""
 
-    @model_validator(mode="after")
-    def _loopback_only(self) -> Self:
-        for key, address in (("grpc_tcp", self.grpc_tcp), ("http_tcp", self.http_tcp)):
-            if address:
-                _check_loopback(key, address)
-        return self
+    @field_validator("grpc_tcp", "http_tcp")
+    @classmethod
+    def _loopback_only(cls, address: str) -> str:
+        if address:
+            _check_loopback(address)
+        return address
 
 
 class AccessSection(_Section):
@@ -82,16 +83,17 @@ class LimitsSection(_Section):
         max_connections: Connections of one transport.
         max_connections_per_uid: Connections of one user on the native socket.
         max_requests_in_flight: Unanswered requests of one connection.
-        max_unsent_bytes: Answers a connection may leave unread before it is closed.
+        max_unsent_bytes: Answers a connection may leave unread: beyond them it gets errors, and it is closed where it
+            reads nothing for `header_seconds`.
         header_seconds: Time for a handshake, a frame or a request's headers to arrive.
     """
 
     max_request_bytes: Annotated[int, Field(ge=4096, le=2147483647)] = 67108864
-    max_region_bytes: Annotated[int, Field(ge=4096)] = 1073741824
+    max_region_bytes: Annotated[int, Field(ge=4096, le=1099511627776)] = 1073741824
     max_regions: Annotated[int, Field(ge=0, le=65536)] = 64
     max_connections: Annotated[int, Field(ge=1)] = 4096
     max_connections_per_uid: Annotated[int, Field(ge=1)] = 1024
-    max_requests_in_flight: Annotated[int, Field(ge=1)] = 1024
+    max_requests_in_flight: Annotated[int, Field(ge=1, le=1048576)] = 1024
     max_unsent_bytes: Annotated[int, Field(ge=65536)] = 134217728
     header_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
 
@@ -189,14 +191,14 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _check_loopback(key: str, address: str) -> None:
+def _check_loopback(address: str) -> None:
     host, _ = split_address(address)
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = False
     if not is_loopback:
-        raise ValueError(f"{key} = {address!r} must be a loopback address: this version has neither TLS nor tokens")
+        raise ValueError(f"{address!r} must be a loopback address: this version has neither TLS nor tokens")
 
 
 def parse_config(text: str) -> Config:

@@ -22,7 +22,7 @@ from appliance.metrics import ModelStatistics
 from appliance.models import Model
 from appliance.planner import check_contents, make_plan
 from appliance.plugins import BackendRecord, discover
-from appliance.text import Tokens
+from appliance.text import TextEncoder, Tokens
 from appliance.types import InferRequest, InferResult, ModelDescription, ModelState, ModelStatus, Tensor, Timings
 from appliance.wire.elements import split_elements
 
@@ -83,6 +83,7 @@ class Engine:
         self.begin_drain()
         if self._discovery is not None:
             self._discovery.cancel()
+            await asyncio.wait({self._discovery})
         await asyncio.gather(*(model.stop(grace_seconds) for model in self._models.values()))
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -94,7 +95,10 @@ class Engine:
             ]
         except OSError as error:
             _log.warning("cannot read the model repository: %s", error.strerror)
-            entries = []
+            return sorted(self._models)
+        for name in set(self._models) - set(entries):
+            if self._models[name].is_idle:
+                del self._models[name]
         for name in entries:
             if MODEL_NAME.fullmatch(name):
                 self._model_or_new(name)
@@ -137,7 +141,8 @@ class Engine:
             return False
         if not self._config.repository.strict:
             return True
-        return all(self._models[name].state is ModelState.READY for name in self._startup if name in self._models)
+        models = (self._models.get(name) for name in self._startup)
+        return all(model is not None and model.state is ModelState.READY for model in models)
 
     def model_is_ready(self, name: str, version: str = "") -> bool:
         """True where the model answers requests now.
@@ -254,47 +259,50 @@ class Engine:
             if not instance.accepts:
                 raise instance.refusal()
             instance.check_room(call.nbytes)
+            # Taken now: a reload may bring another tokenizer while this one works.
+            model = self._model(name)
+            encoder = model.encoder
+            if encoder is None:
+                raise instance.refusal()
         except ApplianceError:
             call.let_go()
             raise
         instance.hold(call.nbytes)
-        task = self._loop.create_task(self._tokenise(self._model(name), call))
+        task = self._loop.create_task(self._tokenise(encoder, model.statistics, call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _tokenise(self, model: Model, call: Call) -> None:
+    async def _tokenise(self, encoder: TextEncoder, statistics: ModelStatistics, call: Call) -> None:
         instance = call.plan.instance
         nbytes = call.nbytes
         try:
-            tokens = await self._tokens(model, call)
+            tokens = await self._tokens(encoder, call)
             # Withdrawn meanwhile, a call is nobody's any more, and its id may already be another's.
             if tokens is not None and call.state is NEW:
-                model.statistics.tokenise.add(tokens.took_ns)
+                statistics.tokenise.add(tokens.took_ns)
                 instance.give_tokens(call, _text_place(call), tokens)
-                instance.submit(call)
+                instance.submit(call, was_held=True)
         except ApplianceError as error:
             _fail(call, error)
         except Exception:
-            _log.exception("tokenising for %s failed", model.name)
+            _log.exception("tokenising for %s failed", instance.placement.load.model)
             _fail(call, BackendError("cannot run the request: tokenising failed"))
         finally:
             instance.unhold(nbytes)
 
-    async def _tokens(self, model: Model, call: Call) -> Tokens | None:
+    async def _tokens(self, encoder: TextEncoder, call: Call) -> Tokens | None:
         """The tokens of a call's texts; None where it was withdrawn.
 
         Raises:
-            ApplianceError: Its texts cannot be tokenised.
+            InvalidRequest: Its texts cannot be tokenised.
         """
         if call.state is not NEW:
             return None
-        instance, place = call.plan.instance, _text_place(call)
-        texts = split_elements(call.contents[place], call.plan.tensors[place].elements, instance.signature.text)
-        if model.encoder is None:
-            raise instance.refusal()
+        name, place = call.plan.instance.signature.text, _text_place(call)
+        texts = split_elements(call.contents[place], call.plan.tensors[place].elements, name)
         try:
-            return await self._loop.run_in_executor(self._threads, model.encoder.encode, texts)
-        except ApplianceError:
+            return await self._loop.run_in_executor(self._threads, encoder.encode, texts)
+        except Exception:
             if call.state is not NEW:
                 return None
             raise

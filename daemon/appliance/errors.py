@@ -128,9 +128,10 @@ class Unimplemented(ApplianceError):
     kind = "unimplemented"
 
 
-KINDS: dict[str, type[ApplianceError]] = {
-    error.kind: error for error in (ApplianceError, *ApplianceError.__subclasses__())
-}
+_CLASSES: list[type[ApplianceError]] = [ApplianceError, *ApplianceError.__subclasses__()]
+
+#: Error classes by kind.
+KINDS: dict[str, type[ApplianceError]] = {error.kind: error for error in _CLASSES}
 
 
 class ConfigError(Exception):

@@ -38,9 +38,9 @@ class Gatherer:
         self._kept: dict[tuple[object, ...], tuple[bytes, tuple[int, ...]]] = {}
 
     def gather(self, calls: Sequence[Call], memory: memoryview, region: int) -> Gathered:
-        """Copy the tensors of `calls`, all of one signature, into `memory`, which is `region` to the worker (0: the slab).
+        """Copy the tensors of `calls`, all of one signature, into `memory`, which the worker knows as `region`.
 
-        A tensor that lies in a client's region is not copied where its call runs alone: the worker reads it in place.
+        Region 0 is the slot's slab. A tensor that lies in a client's region is not copied where its call runs alone: the worker reads it in place.
         """
         first = calls[0].plan
         rows = wanted = 0

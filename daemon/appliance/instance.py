@@ -1,7 +1,7 @@
 """A loaded model: its queue, its worker, and the loop ``collect → run → scatter`` between them.
 
-Everything here runs on the event loop and belongs to one `Instance`; nothing needs a lock. When the worker dies, calls it
-had fail retryably, calls still queued wait for the restart, and new ones are refused until the model is ready again.
+Everything here runs on the event loop and belongs to one `Instance`; nothing needs a lock. When the worker dies, calls
+it had fail retryably, calls still queued wait for the restart, and new ones are refused until the model is ready again.
 """
 
 import asyncio
@@ -125,7 +125,7 @@ class Instance:
         self._spill_number = 0x80000000
         self._pump_handle: asyncio.Handle | None = None
         self._watchdog: asyncio.TimerHandle | None = None
-        self._watched_ns = 0
+        self._watch_due_ns = 0
         self._crashes_ns: list[int] = []
         self._quarantines = 0
         self._suspects = Suspects()
@@ -316,7 +316,7 @@ class Instance:
         self._note_progress()
 
     def hold(self, nbytes: int) -> None:
-        """A call of `nbytes` is on its way here (its text is being tokenised): it counts as queued, and draining waits."""
+        """A call of `nbytes` is on its way (its text is being tokenised): it counts as queued, and draining waits."""
         self._held += 1
         self._held_bytes += nbytes
 
@@ -373,7 +373,7 @@ class Instance:
             self._run(slot, calls)
 
     def _must_wait(self) -> bool:
-        """True while a suspect has the worker to itself, or heads the queue and has not: a crash shall have one author."""
+        """True while a suspect has the worker to itself, or heads the queue: a crash shall have one author."""
         running = [call for slot in self._slots for call in slot.calls]
         if not running:
             return False
@@ -555,7 +555,7 @@ class Instance:
         if self._watchdog is not None:
             self._watchdog.cancel()
         interval = min(self._settings.heartbeat_seconds, self._manifest.batch.max_batch_seconds) / 2
-        self._watched_ns = time.monotonic_ns() + int(interval * 1e9)
+        self._watch_due_ns = time.monotonic_ns() + int(interval * 1e9)
         self._watchdog = self._loop.call_later(interval, self._watch)
 
     def _watch(self) -> None:
@@ -575,7 +575,7 @@ class Instance:
             if silent_ns > heartbeat_ns:
                 link.send(bytes((frames.Kind.PING,)))
         # Where this comes late, it was the daemon that stood still, and the worker's answer may lie unread.
-        if overdue and now - self._watched_ns < min(heartbeat_ns, limit_ns) / 2:
+        if overdue and now - self._watch_due_ns < min(heartbeat_ns, limit_ns) / 2:
             _log.error("%s: the worker has not answered for %.1f s and is killed", self._manifest.name, silent_ns / 1e9)
             link.kill()
         self._arm_watchdog()
@@ -595,21 +595,24 @@ class Instance:
         )
         self._drop_worker()
         self._judge_queued(now)
-        if not self._is_closing or self._batcher.queued:
+        if not self._is_closing or self._batcher.queued or self._held:
             self._restart = self._loop.create_task(self._restart_worker())
 
     def _judge_queued(self, now_ns: int) -> None:
         """Calls that wait may repeat one that was in flight when the worker crashed."""
         if not self._suspects:
             return
-        waiting = []
+        waiting: list[Call] = []
+        condemned: list[tuple[Call, ApplianceError]] = []
         for call in self._batcher.drain():
             try:
                 self._suspects.judge(call, now_ns)
                 waiting.append(call)
             except InvalidRequest as error:
-                self._fail([call], error)
+                condemned.append((call, error))
         self._batcher.readmit(waiting)
+        for call, reason in condemned:
+            self._fail([call], reason)
 
     def _drop_worker(self) -> None:
         for slot in self._slots:

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -28,8 +29,8 @@ from appliance.server.native import NativeServer
 
 _log = logging.getLogger("appliance")
 
-#: Time after the grace for workers to be ended and sockets to be closed.
-_LAST_SECONDS = 5.0
+#: Descriptors asked for; a connection takes one, a region of its two.
+_DESCRIPTORS = 65536
 
 
 class _JsonLines(logging.Formatter):
@@ -103,10 +104,14 @@ class Daemon:
         grpc = GrpcServer(engine, config)
         http = HttpServer(engine, config)
         paths = {name: directory / f"{name}.sock" for name in ("infer", "grpc", "http")}
+        made: list[Path] = []  # what is not ours stays when starting fails
         try:
             native.start(listen.unix_socket(paths["infer"]))
+            made.append(paths["infer"])
             http_tcp = listen.tcp_socket(config.listen.http_tcp) if config.listen.http_tcp else None
-            await http.start(listen.unix_socket(paths["http"]), http_tcp)
+            http_unix = listen.unix_socket(paths["http"])
+            made.append(paths["http"])
+            await http.start(http_unix, http_tcp)
             listen.clear_stale_socket(paths["grpc"])
             try:
                 await grpc.start(str(paths["grpc"]), config.listen.grpc_tcp or None)
@@ -114,12 +119,10 @@ class Daemon:
                 raise ConfigError(f"cannot listen for gRPC: {error}") from error
             endpoints = http.endpoints
             endpoints.update({name: str(path) for name, path in paths.items()})
-            if http_tcp is not None:
-                endpoints["http_tcp"] = "{}:{}".format(*http_tcp.getsockname()[:2])
             if config.listen.grpc_tcp:
                 endpoints["grpc_tcp"] = f"{config.listen.grpc_tcp.rpartition(':')[0]}:{grpc.tcp_port}"
             _log.info("listening in %s after %.2f s", directory, time.monotonic() - began)
-            self._write_endpoints(endpoints)
+            made.append(self._write_endpoints(endpoints))
             await self._serve(engine, began)
         finally:
             _say("STOPPING=1")
@@ -128,8 +131,8 @@ class Daemon:
             engine.begin_drain()
             await asyncio.gather(engine.stop(grace), grpc.stop(grace), http.stop(grace), return_exceptions=True)
             native.stop()
-            for path in (*paths.values(), directory / "endpoints.json"):
-                listen.remove_socket(path)
+            for path in made:
+                listen.remove(path)
             _log.info("stopped")
 
     async def _serve(self, engine: Engine, began: float) -> None:
@@ -151,12 +154,28 @@ class Daemon:
             starting.cancel()
         await stopping
 
-    def _write_endpoints(self, endpoints: dict[str, str]) -> None:
-        """Leave ``endpoints.json`` beside the sockets, so that programs find the ports of ``:0`` addresses."""
+    def _write_endpoints(self, endpoints: dict[str, str]) -> Path:
+        """Leave ``endpoints.json`` beside the sockets, so that programs find the ports of ``:0`` addresses.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
         path = self._directory / "endpoints.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(endpoints), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(endpoints), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        return path
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many descriptors as the defaults of `limits` can need: often a process has 1024 unless it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -191,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.check:
             return 0
         _start_logging(config)
+        _raise_descriptor_limit()
         directory = config.socket_directory().absolute()
         listen.prepare_directory(directory)
         lock = listen.lock_directory(directory)

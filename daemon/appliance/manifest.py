@@ -148,7 +148,7 @@ class ImageSection(_Section):
 
 
 class ClassificationSection(_Section):
-    """Adds outputs ``label`` (BYTES [k]) and ``score`` (FP32 [k], softmax) made from the output `logits`, in the worker."""
+    """Adds outputs ``label`` (BYTES [k]) and ``score`` (FP32 [k], softmax) made from `logits`, in the worker."""
 
     logits: str = "logits"
     labels: str = "labels.txt"
@@ -171,7 +171,10 @@ class SampleReference(_Section):
 
 
 class SamplesSection(_Section):
-    """Held-out inputs with labels, one JSON object a line: ``{"inputs": {NAME: TEXT or {"base64": ...}}, "label": ...}``."""
+    """Held-out inputs with labels.
+
+    One JSON object a line: ``{"inputs": {NAME: TEXT or {"base64": ...}}, "label": ...}``.
+    """
 
     evaluation: str | None = None
     evaluation_sha256: Sha256 | None = None
@@ -193,7 +196,8 @@ class BatchSection(_Section):
     Attributes:
         max_queue_size: Requests that may wait; one more is refused.
         max_queue_bytes: Bytes of tensors that may wait.
-        default_timeout_ms: Deadline of requests that bring none; 0 for no deadline. A client may shorten it, not lengthen.
+        default_timeout_ms: Deadline of requests that bring none; 0 for no deadline. A client may shorten it, not
+            lengthen.
         max_batch_seconds: A batch that runs longer means a hung worker, which is killed.
     """
 
@@ -269,7 +273,7 @@ def parse_manifest(text: str, directory_name: str) -> Manifest:
         ) from error
     if manifest.name != directory_name:
         raise InvalidManifest(
-            f"cannot use the manifest of {directory_name!r}: its name is {manifest.name!r} and must equal the directory's"
+            f"cannot use the manifest of {directory_name!r}: its name {manifest.name!r} must equal the directory's"
         )
     return manifest
 
@@ -313,7 +317,10 @@ def resolve_inside(directory: Path, relative: str) -> Path:
         InvalidManifest: It is missing, or leads outside the directory.
     """
     root = directory.resolve()
-    path = (root / relative).resolve()
+    try:
+        path = (root / relative).resolve()
+    except RuntimeError as error:
+        raise InvalidManifest(f"cannot use {relative!r} of {directory.name!r}: its links form a circle") from error
     if not path.is_relative_to(root):
         raise InvalidManifest(f"cannot use {relative!r} of {directory.name!r}: it leads outside the model's directory")
     if not path.exists():

@@ -5,14 +5,24 @@ reload swaps instances between two turns of the event loop, so that no request m
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from appliance.config import WorkersSection
 from appliance.deadline import Deadlines
-from appliance.errors import ApplianceError, ArtifactCorrupt, Conflict, ModelNotFound, ModelNotReady, NoPlacement
+from appliance.errors import (
+    ApplianceError,
+    ArtifactCorrupt,
+    BackendError,
+    ModelNotFound,
+    ModelNotReady,
+    NoPlacement,
+    ShuttingDown,
+)
 from appliance.instance import Instance, Placement
 from appliance.manifest import Manifest, read_manifest, resolve_inside, verify_digest
 from appliance.metrics import ModelStatistics
@@ -39,9 +49,19 @@ class _Prepared:
         self.version = self.manifest.versions[-1]
         self.candidates = placements(self.manifest, directory, self.version, records, cache)
         self.encoder = _read_encoder(self.manifest, directory)
-        files = [Path(candidate.load.artifact_path) for candidate in self.candidates]
-        stats = tuple((str(file), file.stat().st_ino, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        self.fingerprint = (self.manifest, stats)
+        self.fingerprint = (self.manifest, _files(directory))
+
+
+def _files(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Every file of a model's directory with what changes when it does: weights, tokenizers and labels count alike."""
+    found = []
+    for folder, _, names in os.walk(directory, followlinks=True):
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # a link to nowhere; whoever needs it says so
+                status = os.stat(path)
+                found.append((path, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(sorted(found))
 
 
 def _read_encoder(manifest: Manifest, directory: Path) -> TextEncoder | None:
@@ -95,9 +115,14 @@ class Model:
         """Where the model stands; a loaded model stays READY while it is reloaded."""
         if self._instance is not None:
             return self._instance.state
-        if self._change is not None and self._is_loading:
-            return ModelState.LOADING
+        if self._change is not None:
+            return ModelState.LOADING if self._is_loading else ModelState.UNLOADING
         return ModelState.FAILED if self._failure is not None else ModelState.UNLOADED
+
+    @property
+    def is_idle(self) -> bool:
+        """True while nothing of it runs or changes."""
+        return self._instance is None and self._change is None and not self._retiring
 
     @property
     def version(self) -> str:
@@ -191,16 +216,15 @@ class Model:
     # ---------------------------------------------------------------- load and unload
 
     async def load(self, records: Records) -> None:
-        """Load, or reload if the model changed on disk; joins a load under way.
+        """Load, or reload if the model changed on disk; joins a load under way and waits for an unload.
 
         Raises:
             ApplianceError: The load failed; an instance that served before still serves.
-            Conflict: The model is being unloaded.
         """
+        while self._change is not None and not self._is_loading:
+            await asyncio.wait({self._change})
         if self._change is None:
             self._start_change(self._load(records), is_loading=True)
-        elif not self._is_loading:
-            raise Conflict(f"cannot load model {self.name!r}: it is being unloaded")
         await self._join()
 
     async def unload(self) -> None:
@@ -226,27 +250,35 @@ class Model:
         self._on_change(self.name)
 
     async def _join(self) -> None:
-        if self._change is not None:
-            await asyncio.shield(self._change)
+        change = self._change
+        if change is None:
+            return
+        await asyncio.wait({change})  # a caller that leaves does not end the change for others
+        if change.cancelled():
+            raise ShuttingDown(f"cannot finish changing model {self.name!r}: the daemon is stopping")
+        change.result()
 
     async def _load(self, records: Records) -> None:
         try:
+            if not self.directory.is_dir():
+                raise ModelNotFound(f"cannot load model {self.name!r}: the repository has it no more")
             found = await records()
             prepared = await asyncio.to_thread(_Prepared, self.directory, found, self._cache)
             serving = self._instance
-            if (
-                serving is not None
-                and self._prepared is not None
-                and prepared.fingerprint == self._prepared.fingerprint
-            ):
-                if serving.state is ModelState.READY:
-                    return
+            is_same = self._prepared is not None and prepared.fingerprint == self._prepared.fingerprint
+            if is_same and serving is not None and serving.state is ModelState.READY:
+                self._failure = None
+                return
             instance = await self._first_that_loads(prepared)
         except ApplianceError as error:
             self._failure = error
             raise
         except OSError as error:
             self._failure = ArtifactCorrupt(f"cannot read model {self.name!r}: {error.strerror}")
+            raise self._failure from error
+        except Exception as error:  # our bug must not take the daemon's start with it
+            _log.exception("loading %s failed", self.name)
+            self._failure = BackendError(f"cannot load model {self.name!r}: an internal error; the log has it")
             raise self._failure from error
         replaced, self._instance = self._instance, instance
         self._prepared, self.encoder, self._failure = prepared, prepared.encoder, None
@@ -285,28 +317,34 @@ class Model:
         self._failure = None
         if instance is not None:
             self._on_change(self.name)
-            await instance.drain(_DRAIN_SECONDS)
-            await instance.close()
+            await _end(instance, _DRAIN_SECONDS)
         self.encoder = None
 
     def _retire(self, instance: Instance) -> None:
-        async def end() -> None:
-            await instance.drain(_DRAIN_SECONDS)
-            await instance.close()
-
-        task = asyncio.ensure_future(end())
+        task = asyncio.ensure_future(_end(instance, _DRAIN_SECONDS))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
     async def stop(self, grace_seconds: float) -> None:
-        """Drain and end everything; a load under way is given up."""
-        if self._change is not None:
+        """Drain and end everything within the grace; a load under way is given up."""
+        if self._change is not None and self._is_loading:
             self._change.cancel()
             await asyncio.wait({self._change})
+        ending = self._retiring | ({self._change} if self._change is not None else set())
+        tasks = set(ending)
         if self._instance is not None:
-            await self._instance.drain(grace_seconds)
-            await self._instance.close()
-        for task in list(self._retiring):
-            task.cancel()
-        if self._retiring:
-            await asyncio.wait(self._retiring)
+            stopping = ShuttingDown("cannot finish the request: the daemon is stopping")
+            tasks.add(asyncio.ensure_future(_end(self._instance, grace_seconds, stopping)))
+        if ending:
+            _, late = await asyncio.wait(ending, timeout=grace_seconds)
+            for task in late:
+                task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def _end(instance: Instance, grace_seconds: float, error: ApplianceError | None = None) -> None:
+    """Drain and close; being cancelled cuts the grace short."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await instance.drain(grace_seconds)
+    await instance.close(error)

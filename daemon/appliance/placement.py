@@ -1,7 +1,7 @@
 """The written rule that gives a model its first placement.
 
-An artifact goes to the backends that read its format, those of `PREFERENCE` first; among a backend's variants the one it
-lists first (its full precision). The manifest's ``[placement]`` narrows the choice.
+An artifact goes to the backends that read its format, those of `PREFERENCE` first; among a backend's variants the one
+it lists first (its full precision). The manifest's ``[placement]`` narrows the choice.
 """
 
 from collections.abc import Mapping

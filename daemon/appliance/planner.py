@@ -1,7 +1,7 @@
 """Checks a request's head against what a session takes, once, and leaves a plan.
 
-Everything a client can say about tensors without sending a byte of them is checked here; sizes and elements of BYTES are
-checked per call by `check_contents`.
+Everything a client can say about tensors without sending a byte of them is checked here; sizes and elements of BYTES
+are checked per call by `check_contents`.
 """
 
 from collections.abc import Sequence
@@ -101,7 +101,9 @@ def check_text(section: TextSection, signature: Signature, model: str) -> None:
         spec = signature.inputs[name][1] if name in signature.required else None
         if spec is None or spec.datatype != "INT64" or len(spec.shape) != rank:
             found = f"it is {spec.datatype} {list(spec.shape)}" if spec is not None else "the model has no such input"
-            raise InvalidManifest(f"cannot feed tokens to {name!r} of {model!r} as INT64 with {rank} dimensions: {found}")
+            raise InvalidManifest(
+                f"cannot feed tokens to {name!r} of {model!r} as INT64 with {rank} dimensions: {found}"
+            )
 
 
 def make_plan(
@@ -143,7 +145,7 @@ def make_plan(
         item = ITEM_BYTES[datatype]
         if not item and elements > MAX_BYTES_ELEMENTS:
             raise InvalidRequest(
-                f"cannot take input {name!r}: it has {elements} elements and a BYTES tensor may have {MAX_BYTES_ELEMENTS}"
+                f"cannot take input {name!r}: it has {elements} elements, and BYTES may have {MAX_BYTES_ELEMENTS}"
             )
         row_shape = shape[1:] if signature.max_batch_size else shape
         planned.append(PlannedTensor(index, datatype, row_shape, elements * item if item else -1, elements))
@@ -193,7 +195,7 @@ def _check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...]) ->
     """Compare a shape with a spec's; returns the number of elements."""
     if len(shape) != len(allowed):
         raise InvalidRequest(
-            f"cannot take input {name!r}: its shape {list(shape[:16])} has {len(shape)} dimensions and must be {list(allowed)}"
+            f"cannot take input {name!r}: its shape {list(shape[:16])} must have the dimensions {list(allowed)}"
         )
     elements = 1
     for dimension, expected in zip(shape, allowed, strict=True):
@@ -238,7 +240,7 @@ def _wanted(signature: Signature, outputs: Sequence[str]) -> list[int]:
         return list(range(len(signature.output_names)))
     if len(outputs) > len(signature.output_names):
         raise InvalidRequest(
-            f"cannot give {len(outputs)} outputs: the model has {len(signature.output_names)}, each asked for at most once"
+            f"cannot give {len(outputs)} outputs: the model has {len(signature.output_names)}, each given at most once"
         )
     indices = []
     for name in outputs:

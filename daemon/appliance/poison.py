@@ -1,7 +1,7 @@
 """Requests that crash workers, remembered by fingerprint, so that one client cannot keep a model down by retrying.
 
-A request that was in flight when a worker died is a suspect and runs alone from then on; a suspect that crashes a worker
-alone is refused. While there are no suspects, no request is fingerprinted.
+A request that was in flight when a worker died is a suspect and runs alone from then on; a suspect that crashes a
+worker alone is refused. While there are no suspects, no request is fingerprinted.
 """
 
 import hashlib

@@ -8,11 +8,14 @@ from pydantic import BaseModel, ValidationError
 
 def _known_keys(model: Any, location: tuple[int | str, ...]) -> list[str]:
     """Keys that `model` knows at `location`."""
+    is_table = False
     for part in location:
-        if isinstance(part, int) or model is None:
+        if isinstance(part, int) or model is None or is_table:  # a place in a list, or somebody's name in a table
+            is_table = False
             continue
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         nested = [annotation, *getattr(annotation, "__args__", ())]
+        is_table = getattr(annotation, "__origin__", None) is dict
         model = next((each for each in nested if isinstance(each, type) and issubclass(each, BaseModel)), None)
     return [field.alias or name for name, field in model.model_fields.items()] if model is not None else []
 

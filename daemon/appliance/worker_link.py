@@ -1,4 +1,4 @@
-"""The front-end's end of one worker: its process, its socket, its slabs. Frames go out and come in; nothing is decided."""
+"""The front-end's end of one worker: process, socket, slabs. Frames go out and come in; nothing is decided."""
 
 import array
 import asyncio
@@ -128,7 +128,8 @@ class WorkerLink:
         """Spawn the worker and have it load. The listener hears nothing before this returns, nor if it raises.
 
         Raises:
-            ApplianceError: As the worker reported it; `WorkerLost` where it died, `BackendError` where it took too long.
+            ApplianceError: As the worker reported it; `WorkerLost` where it died, `BackendError` where it took too
+                long.
         """
         packet = bytes((frames.Kind.LOAD,)) + load.SerializeToString()
         if len(packet) > _PACKET_BYTES:

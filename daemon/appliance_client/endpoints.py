@@ -10,7 +10,10 @@ from appliance_client.errors import DaemonUnreachable
 SERVICE_DIRECTORY: Final = Path("/run/appliance")
 
 
-def _first_existing(name: str, environ: Mapping[str, str]) -> Path:
+def _in_directory(name: str, environ: Mapping[str, str]) -> Path:
+    named = environ.get("APPLIANCE_SOCKET_DIR")
+    if named:
+        return Path(named) / name
     own = environ.get("XDG_RUNTIME_DIR")
     if own:
         candidate = Path(own) / "appliance" / name
@@ -22,11 +25,12 @@ def _first_existing(name: str, environ: Mapping[str, str]) -> Path:
 def inference_socket(environ: Mapping[str, str] = os.environ) -> Path:
     """Path of the native socket.
 
-    ``$APPLIANCE_SOCKET`` where set; else the user's own daemon, ``$XDG_RUNTIME_DIR/appliance/infer.sock``, where that
-    socket exists; else the service, ``/run/appliance/infer.sock``.
+    ``$APPLIANCE_SOCKET`` where set; else ``infer.sock`` in ``$APPLIANCE_SOCKET_DIR`` where set; else the user's own
+    daemon, ``$XDG_RUNTIME_DIR/appliance/infer.sock``, where that socket exists; else the service,
+    ``/run/appliance/infer.sock``.
     """
     named = environ.get("APPLIANCE_SOCKET")
-    return Path(named) if named else _first_existing("infer.sock", environ)
+    return Path(named) if named else _in_directory("infer.sock", environ)
 
 
 def http_socket(environ: Mapping[str, str] = os.environ) -> Path:
@@ -39,7 +43,7 @@ def http_socket(environ: Mapping[str, str] = os.environ) -> Path:
     if named:
         return Path(named)
     native = environ.get("APPLIANCE_SOCKET")
-    return Path(native).with_name("http.sock") if native else _first_existing("http.sock", environ)
+    return Path(native).with_name("http.sock") if native else _in_directory("http.sock", environ)
 
 
 def unreachable(path: Path, cause: OSError) -> DaemonUnreachable:

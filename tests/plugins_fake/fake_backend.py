@@ -7,6 +7,8 @@ An artifact of format ``"fake"`` is a JSON object; every key may be left out::
       "outputs": [["y", "FP32", [-1, 16]]],      # output i echoes input i, or the last input where there are fewer
       "a_us": 0, "c_us": 0,                      # a run of n rows sleeps a_us * n + c_us microseconds
       "load_us": 0,                              # loading sleeps this long
+      "load_log": PATH,                          # each load adds a line with its process id to this file
+      "load_gate": PATH, "run_gate": PATH,       # a load, or a run told to `wait`, goes on once this file exists
       "on_load": COMMAND, "on_warmup": COMMAND,  # obeyed while loading, or in the first run
       "precision": "FP32",                       # what executed_on reports
       "resident_bytes": 0                        # memory that loading takes and keeps
@@ -23,7 +25,7 @@ number (``MAGIC[word]``; for BYTES the word itself) is the first element of the 
     rows        one row too few             dtype       another datatype
     rank        one dimension too many      nan         NaN in every element (floating point only)
     print       prints 1 MiB                big         raises with a very long message that names a path
-    memory      raises MemoryError
+    memory      raises MemoryError          wait        waits for run_gate
 """
 
 import ctypes
@@ -39,7 +41,7 @@ from appliance.types import TensorSpec
 
 COMMANDS = (
     "crash", "kill", "exit", "raise", "hang", "hang-gil", "leak", "missing", "rows", "dtype", "rank", "nan", "print",
-    "big", "memory",
+    "big", "memory", "wait",
 )  # fmt: skip
 
 #: First element of the first input that commands each word; small, so that every numeric datatype but BOOL holds it.
@@ -62,7 +64,11 @@ class FakeBackend:
 
     def load(self, artifact, variant):
         behaviour = json.loads(artifact.path.read_bytes())
+        if "load_log" in behaviour:
+            with open(behaviour["load_log"], "a") as log:
+                log.write(f"{os.getpid()}\n")
         time.sleep(behaviour.get("load_us", 0) / 1e6)
+        _wait_for(behaviour.get("load_gate"))
         _obey(behaviour.get("on_load"))
         return FakeSession(behaviour, variant)
 
@@ -78,6 +84,7 @@ class FakeSession:
         self._precision = behaviour.get("precision", variant.precision)
         self._a_us, self._c_us = behaviour.get("a_us", 0), behaviour.get("c_us", 0)
         self._on_warmup = behaviour.get("on_warmup")
+        self._run_gate = behaviour.get("run_gate")
         self._kept = [bytearray(os.urandom(4096) * (behaviour.get("resident_bytes", 0) // 4096))]
 
     def run(self, inputs, outputs):
@@ -91,6 +98,8 @@ class FakeSession:
             time.sleep(duration_us / 1e6)
         if command == "leak":
             self._kept.append(bytearray(os.urandom(4096) * 256))
+        if command == "wait":
+            _wait_for(self._run_gate)
         _obey(command)
         results = {}
         for index, spec in enumerate(self.outputs):
@@ -105,6 +114,11 @@ class FakeSession:
 
     def close(self):
         self._kept.clear()
+
+
+def _wait_for(path):
+    while path is not None and not os.path.exists(path):
+        time.sleep(0.002)
 
 
 def _specs(entries):

@@ -12,6 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+#: The environment in which a daemon and its workers find the backend ``fake``.
+FAKE_BACKEND = {"PYTHONPATH": str(Path(__file__).parents[1] / "plugins_fake")}
+
 #: Most that a test waits for something that takes well under a second on an idle machine.
 PATIENCE_SECONDS = 45
 
@@ -169,3 +172,16 @@ def start_daemon(
         process.wait()
         raise
     return running
+
+
+def open_descriptors(pid: int) -> int:
+    """How many descriptors a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def is_alive(pid: int) -> bool:
+    """True while a process of that id runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

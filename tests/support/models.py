@@ -1,5 +1,6 @@
 """Small real ONNX models, made where a test needs them."""
 
+import json
 from pathlib import Path
 
 import onnx
@@ -31,3 +32,33 @@ def write_identity(
     return save(
         directory, [helper.make_node("Identity", ["x"], ["y"])], [("x", *tensor)], [("y", *tensor)], (), version
     )
+
+
+def write_fake(directory: Path, manifest: str = "", version: int = 1, batch: dict | None = None, **behaviour) -> Path:
+    """A model of the fake backend: `manifest` is TOML for the top level, `batch` its section, the rest its behaviour."""
+    path = directory / str(version) / "model.fake"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(behaviour))
+    lines = ["schema = 1", f'name = "{directory.name}"', manifest]
+    lines += ["[[artifacts]]", f'path = "{version}/model.fake"', 'format = "fake"']
+    lines += ["[batch]", *(f"{key} = {value}" for key, value in (batch or {}).items())]
+    (directory / "model.toml").write_text("\n".join(lines))
+    return directory
+
+
+class Gate:
+    """A file that the fake backend waits for (`load_gate`, `run_gate`)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> None:
+        """Let everybody through from now on."""
+        self.path.touch()
+
+    def shut(self) -> None:
+        """Let nobody through from now on."""
+        self.path.unlink(missing_ok=True)

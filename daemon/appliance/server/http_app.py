@@ -22,12 +22,12 @@ from appliance.errors import (
 from appliance.server import rest_models
 from appliance.server.access import authorise
 from appliance.server.admin import AdminViews
+from appliance.server.budget import BodyBudget
 from appliance.server.exposition import expose
 from appliance.server.http_connection import Connection
 from appliance.server.http_message import (
     INLINE_BYTES,
     Body,
-    BodyBudget,
     ClientGoneError,
     Receive,
     Request,

@@ -12,6 +12,7 @@ from typing import Any, Final
 import orjson
 
 from appliance.errors import ApplianceError, InvalidRequest, Overloaded
+from appliance.server.budget import BodyBudget
 from appliance.server.http_connection import Connection
 from appliance.server.status import http_status
 from appliance.types import Buffer
@@ -90,28 +91,6 @@ def request_id(headers: Mapping[bytes, bytes]) -> str:
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
     return f"{_own_id_prefix}-{next(_own_ids):x}"
-
-
-class BodyBudget:
-    """Bytes of request bodies that all connections together may hold; taken as they arrive, without waiting."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._taken = 0
-
-    def take(self, count: int) -> None:
-        """Take `count` bytes.
-
-        Raises:
-            Overloaded: Too many bytes are held already.
-        """
-        if self._taken + count > self._limit:
-            raise Overloaded(f"cannot take the request: bodies of all requests may hold {self._limit} bytes together")
-        self._taken += count
-
-    def give(self, count: int) -> None:
-        """Give back what was taken."""
-        self._taken -= count
 
 
 class Body:

@@ -15,13 +15,15 @@ _BACKLOG = 1024
 
 
 def prepare_directory(directory: Path) -> None:
-    """Make the sockets' directory, mode 0750, if it is missing.
+    """Make the sockets' directory, mode 0750 whatever the umask, if it is missing.
 
     Raises:
         ConfigError: It cannot be made.
     """
     try:
-        directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        if not directory.is_dir():
+            directory.mkdir(mode=0o700, parents=True)
+            directory.chmod(0o750)
     except OSError as error:
         raise ConfigError(f"cannot make the socket directory {str(directory)!r}: {error.strerror}") from error
 
@@ -30,9 +32,12 @@ def lock_directory(directory: Path) -> int:
     """Take the directory for this daemon; the lock goes with the returned descriptor or the process.
 
     Raises:
-        ConfigError: Another daemon has it.
+        ConfigError: Another daemon has it, or it cannot be written to.
     """
-    fd = os.open(directory / "applianced.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fd = os.open(directory / "applianced.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot use the socket directory {str(directory)!r}: {error.strerror}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -54,6 +59,7 @@ def clear_stale_socket(path: Path) -> None:
     if not stat.S_ISSOCK(status.st_mode):
         raise ConfigError(f"cannot listen on {str(path)!r}: a file that is no socket stands there")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a listener that accepts nothing must not hold us up
         try:
             probe.connect(str(path))
         except OSError as error:
@@ -108,7 +114,7 @@ def tcp_socket(address: str) -> socket.socket:
     return listener
 
 
-def remove_socket(path: Path) -> None:
-    """Remove a socket of ours."""
+def remove(path: Path) -> None:
+    """Remove a socket or file of ours."""
     with contextlib.suppress(OSError):
         path.unlink()

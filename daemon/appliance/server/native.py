@@ -1,6 +1,7 @@
 """The native protocol's listener on ``infer.sock``: accepts, counts, times out."""
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
@@ -10,8 +11,11 @@ from collections.abc import Container
 from typing import TYPE_CHECKING, Final
 
 from appliance.config import LimitsSection
+from appliance.errors import Overloaded
 from appliance.server.access import peer_of
+from appliance.server.budget import BodyBudget
 from appliance.server.native_connection import NativeConnection
+from appliance.wire import native
 
 if TYPE_CHECKING:
     from appliance.engine import Engine
@@ -23,6 +27,8 @@ _ACCEPT_AT_ONCE: Final = 64
 #: Pause in accepting when the process has no descriptor left.
 _EXHAUSTED_SECONDS: Final = 0.2
 _SWEEP_SECONDS: Final = 1.0
+#: Frames of the largest size that may be on their way at a time.
+_BUDGET_REQUESTS: Final = 4
 
 
 class NativeServer:
@@ -31,11 +37,13 @@ class NativeServer:
     Attributes:
         engine: Who answers.
         limits: Bounds of every connection.
+        budget: Bytes that large frames on their way may hold together.
     """
 
     def __init__(self, engine: "Engine", limits: LimitsSection, admin_uids: Container[int]) -> None:
         self.engine = engine
         self.limits = limits
+        self.budget = BodyBudget(_BUDGET_REQUESTS * limits.max_request_bytes)
         self._admin_uids = admin_uids
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
@@ -81,12 +89,19 @@ class NativeServer:
             len(self._connections) >= self.limits.max_connections
             or self._per_uid[peer.uid] >= self.limits.max_connections_per_uid
         ):
-            connection.close()
+            self._turn_away(connection)
             return
         self._per_uid[peer.uid] += 1
         self._connections.add(NativeConnection(self, connection, peer))
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+
+    @staticmethod
+    def _turn_away(connection: socket.socket) -> None:
+        error = Overloaded("cannot take the connection: too many are open already")
+        body = native.pack_error(error.kind, str(error), error.is_retryable)
+        with connection, contextlib.suppress(OSError):
+            connection.send(native.HEADER.pack(len(body), native.Frame.ERROR, 0, 0, 0, 0, 0) + body)
 
     def left(self, connection: NativeConnection) -> None:
         """A connection is closed (called by it)."""
@@ -94,10 +109,10 @@ class NativeServer:
         self._per_uid[connection.peer.uid] -= 1
 
     def _sweep(self) -> None:
-        """Close what has owed a handshake or the rest of a frame for too long."""
+        """Close what has owed a handshake, the rest of a frame or the reading of its answers for too long."""
         limit = time.monotonic_ns() - int(self.limits.header_seconds * 1e9)
         for connection in tuple(self._connections):
-            if connection.waiting_since_ns and connection.waiting_since_ns < limit:
+            if connection.is_overdue(limit):
                 connection.close()
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep) if self._connections else None
 

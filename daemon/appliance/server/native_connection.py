@@ -1,8 +1,8 @@
 """One client of the native protocol: frames in, calls to the engine, frames out.
 
 The socket is read and written directly rather than through an asyncio transport, because transports can neither receive
-descriptors nor gather buffers into one write. Nothing here awaits on the way of a request; answers come back through the
-`Sink` methods.
+descriptors nor gather buffers into one write. Nothing here awaits on the way of a request; answers come back through
+the `Sink` methods.
 """
 
 import array
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import socket
+import struct
 import time
 import uuid
 from collections import deque
@@ -22,7 +23,9 @@ from appliance.errors import ApplianceError, InvalidRequest, Overloaded
 from appliance.region import Region
 from appliance.server import native_head
 from appliance.server.access import authorise
-from appliance.server.oip import dispatch_unary
+from appliance.server.budget import BodyBudget
+from appliance.server.native_large import LargeFrame
+from appliance.server.oip import dispatch_unary, parse_infer
 from appliance.slab import Slab
 from appliance.types import Buffer, Peer, Timings
 from appliance.wire import native
@@ -39,6 +42,8 @@ _MAX_DESCRIPTORS: Final = 1
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 #: Heads kept per connection; all are dropped when there are more.
 _MAX_HEADS: Final = 64
+#: Output tables whose encoded heads a plan keeps; shapes that follow content would pile up without end.
+_MAX_ANSWER_HEADS: Final = 64
 #: Unsent bytes above which nothing more is read from the client.
 _PAUSE_BYTES: Final = 1 << 20
 #: Answers gathered into one write up to this size are joined; larger ones are written as they lie.
@@ -46,6 +51,8 @@ _JOIN_BYTES: Final = 16384
 _MAX_BUFFERS: Final = 512
 _MAX_U32: Final = 0xFFFFFFFF
 _HEADER_BYTES: Final = HEADER.size
+#: A first frame is HELLO, and no longer than this.
+_MAX_HELLO_BYTES: Final = 256
 # Plain numbers for what every request compares: enum members cost ten times as much to read.
 _INFER: Final = int(Frame.INFER)
 _RESULT: Final = int(Frame.RESULT)
@@ -58,6 +65,7 @@ class Lobby(Protocol):
 
     engine: "Engine"
     limits: LimitsSection
+    budget: BodyBudget
 
     def left(self, connection: "NativeConnection") -> None:
         """The connection is closed."""
@@ -65,7 +73,12 @@ class Lobby(Protocol):
 
 
 class _ProtocolBroken(Exception):
-    """The client broke the protocol; the connection ends with this message."""
+    """The client broke the protocol; the connection ends with this error under this id."""
+
+    def __init__(self, message: str, error: type[ApplianceError] = InvalidRequest, number: int = 0) -> None:
+        super().__init__(message)
+        self.error = error(message)
+        self.number = number
 
 
 class NativeConnection:
@@ -73,7 +86,6 @@ class NativeConnection:
 
     Attributes:
         peer: Who it is.
-        waiting_since_ns: When the handshake or the frame begun started to arrive; 0 while nothing is owed.
     """
 
     def __init__(self, lobby: Lobby, connection: socket.socket, peer: Peer) -> None:
@@ -84,14 +96,14 @@ class NativeConnection:
         self._fd = connection.fileno()
         self._loop = asyncio.get_running_loop()
         self.peer = peer
-        self.waiting_since_ns = time.monotonic_ns()
+        self._waiting_since_ns = time.monotonic_ns()  # for the rest of the handshake or of a frame; 0: nothing is owed
+        self._unread_since_ns = 0  # since when too many answers lie unread; 0: they do not
+        self._pause_bytes = min(_PAUSE_BYTES, lobby.limits.max_unsent_bytes)
         self._is_greeted = False
         self._is_closed = False
         self._is_paused = False
         self._partial = b""
-        self._large: bytearray | None = None
-        self._large_view: memoryview = memoryview(b"")
-        self._large_filled = 0
+        self._large: LargeFrame | None = None
         self._descriptors: deque[int] = deque()
         self._heads: dict[bytes, native_head.Head] = {}
         self._calls: dict[int, Call] = {}
@@ -106,7 +118,7 @@ class NativeConnection:
     def _on_readable(self) -> None:
         try:
             if self._large is not None:
-                self._read_large()
+                self._read_large(self._large)
                 return
             content, ancillary, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, _CLOEXEC)
         except BlockingIOError:
@@ -115,7 +127,7 @@ class NativeConnection:
             self.close()
             return
         except _ProtocolBroken as problem:
-            self._end(str(problem))
+            self._end(problem)
             return
         if not content:
             self.close()
@@ -128,7 +140,7 @@ class NativeConnection:
                 self._partial = b""
             self._parse(content)
         except _ProtocolBroken as problem:
-            self._end(str(problem))
+            self._end(problem)
         if self._out:
             self.flush()
 
@@ -139,17 +151,12 @@ class NativeConnection:
         while end - position >= _HEADER_BYTES:
             length, kind, _, descriptors, number, head, timeout_us = unpack(content, position)
             start = position + _HEADER_BYTES
-            if length > self._limits.max_request_bytes or head > length:
-                raise _ProtocolBroken(
-                    f"cannot read the frame: it has {length} bytes and the limit is {self._limits.max_request_bytes}"
-                    if head <= length
-                    else "cannot read the frame: its head is longer than the frame"
-                )
+            if length > self._limits.max_request_bytes or head > length or not self._is_greeted:
+                self._check_header(length, kind, number, head)
             if end - start < length:
-                if not self._is_greeted:
-                    break
                 if length > _RECEIVE_BYTES:
-                    self._begin_large(content, position, length)
+                    self._large = LargeFrame(content[position:], _HEADER_BYTES + length, self._lobby.budget)
+                    self._owe_rest(position)
                     return
                 break
             position = start + length
@@ -161,40 +168,45 @@ class NativeConnection:
                 return
         if position < end:
             self._partial = content[position:]
-            if not self.waiting_since_ns:
-                self.waiting_since_ns = time.monotonic_ns()
+            self._owe_rest(position)
         else:
             if self._descriptors:
                 raise _ProtocolBroken("cannot read the frame: descriptors came without a frame that takes them")
             if self._is_greeted:
-                self.waiting_since_ns = 0
+                self._waiting_since_ns = 0
 
-    def _begin_large(self, content: bytes, position: int, length: int) -> None:
-        """A frame larger than a read: receive the rest of it straight into a buffer of its own."""
-        self._large = bytearray(_HEADER_BYTES + length)
-        self._large_view = memoryview(self._large)
-        there = len(content) - position
-        self._large_view[:there] = content[position:]
-        self._large_filled = there
-        if not self.waiting_since_ns:
-            self.waiting_since_ns = time.monotonic_ns()
+    def _owe_rest(self, done: int) -> None:
+        """The client owes the rest of a frame: from now on if others were complete before it, else since it began."""
+        if done or not self._waiting_since_ns:
+            self._waiting_since_ns = time.monotonic_ns()
 
-    def _read_large(self) -> None:
-        size = self._socket.recv_into(self._large_view[self._large_filled :])
-        if size == 0:
-            self.close()
+    def _check_header(self, length: int, kind: int, number: int, head: int) -> None:
+        """End the connection over a header that cannot be followed by a frame."""
+        if not self._is_greeted and (kind != Frame.HELLO or length > _MAX_HELLO_BYTES):
+            raise _ProtocolBroken("cannot talk: the first frame must be HELLO of the appliance's native protocol")
+        if head > length:
+            raise _ProtocolBroken("cannot read the frame: its head is longer than the frame")
+        limit = self._limits.max_request_bytes
+        if length > limit:
+            message = f"cannot take the frame: it has {length} bytes and the limit is {limit}"
+            raise _ProtocolBroken(message, Overloaded, number)
+
+    def _read_large(self, large: LargeFrame) -> None:
+        if not large.receive(self._socket):
             return
-        self._large_filled += size
-        if self._large_filled < len(self._large_view):
-            return
-        view, self._large, self._large_view = self._large_view, None, memoryview(b"")
-        self.waiting_since_ns = 0
-        _, kind, _, descriptors, number, head, timeout_us = HEADER.unpack_from(view)
-        body = view[_HEADER_BYTES:]
-        if kind == _INFER:
+        self._large = None
+        large.release()
+        self._waiting_since_ns = 0
+        _, kind, _, descriptors, number, head, timeout_us = large.header
+        body = large.body()
+        if large.refusal is not None:
+            self._send_error(number, large.refusal)
+        elif kind == _INFER:
             self._infer(number, bytes(body[:head]), body[head:], timeout_us)
         else:
             self._dispatch(kind, number, descriptors, bytes(body))
+        if self._descriptors:
+            raise _ProtocolBroken("cannot read the frame: descriptors came without a frame that takes them")
         if self._out:
             self.flush()
 
@@ -247,11 +259,11 @@ class NativeConnection:
         if head is None or not head.plan.instance.accepts:
             authorise(self.peer, "ModelInfer")
             self._heads.pop(head_bytes, None)
-            message = native_head.parse_head(head_bytes)
-            if native_head.has_inline_contents(message):
+            message, raw = parse_infer(head_bytes)
+            if native_head.has_inline_contents(message, raw):
                 if len(tail):
                     raise InvalidRequest("cannot read the request: it has tensors both in its message and behind it")
-                head, inline = native_head.read_inline(self._engine, message, self.peer)
+                head, inline = native_head.read_inline(self._engine, message, raw, self.peer)
                 call = Call(head.plan, inline, self, number)
                 call.nbytes = native_head.check_inline(head, inline)
                 return head, call
@@ -315,7 +327,8 @@ class NativeConnection:
                 raise Overloaded(f"cannot register the region: max_regions is {self._limits.max_regions}")
             if size > self._limits.max_region_bytes:
                 raise InvalidRequest(
-                    f"cannot register the region: it has {size} bytes and max_region_bytes is {self._limits.max_region_bytes}"
+                    f"cannot register the region: it has {size} bytes and max_region_bytes is "
+                    f"{self._limits.max_region_bytes}"
                 )
             taken, fd = fd, -1
             self._regions[number] = Region(Slab.adopt(taken, size), lambda: self._send(Frame.RELEASED, number, b""))
@@ -356,9 +369,14 @@ class NativeConnection:
         """Frame an answer; it goes out at the next `flush`."""
         if self._calls.pop(call.id, None) is None:
             return
+        if self._unread_since_ns:
+            self._frame_error(call.id, Overloaded("cannot send the answer: too many answers before it lie unread"))
+            return
         plan = call.plan
         head = plan.heads.get(table.signature)
         if head is None:
+            if len(plan.heads) >= _MAX_ANSWER_HEADS:
+                plan.heads.clear()
             head = plan.heads[table.signature] = native_head.encode_answer_head(plan, table)
         rows = plan.rows
         contents = [table.view(index, memory, row, rows)[1] for index in plan.outputs]
@@ -366,30 +384,23 @@ class NativeConnection:
         for content in contents:
             length += len(content)
         if length > _MAX_U32:
-            self._send_error(call.id, InvalidRequest("cannot send the answer: it is larger than a frame can be"))
+            self._frame_error(call.id, InvalidRequest("cannot send the answer: it is larger than a frame can be"))
             return
         self._out.append(
-            HEADER.pack(length, _RESULT, 0, 0, call.id, len(head), 0)
-            + native.TIMINGS.pack(
-                timings.decode_ns // 1000,
-                call.tokenise_ns // 1000,
-                call.queue_ns // 1000,
-                timings.copy_ns // 1000,
-                timings.compute_ns // 1000,
-                timings.postprocess_ns // 1000,
-                timings.batch_rows,
-            )
-            + head
+            HEADER.pack(length, _RESULT, 0, 0, call.id, len(head), 0) + _pack_timings(call, timings) + head
         )
         self._out += contents
 
     def fail(self, call: Call, error: ApplianceError) -> None:
         """Frame an error; it goes out at the next `flush`."""
         if self._calls.pop(call.id, None) is not None:
-            self._frame(Frame.ERROR, call.id, native.pack_error(error.kind, str(error), error.is_retryable))
+            self._frame_error(call.id, error)
 
     def _send_error(self, number: int, error: ApplianceError) -> None:
         self._send(Frame.ERROR, number, native.pack_error(error.kind, str(error), error.is_retryable))
+
+    def _frame_error(self, number: int, error: ApplianceError) -> None:
+        self._frame(Frame.ERROR, number, native.pack_error(error.kind, str(error), error.is_retryable))
 
     def _frame(self, kind: Frame, number: int, body: bytes) -> None:
         self._out.append(HEADER.pack(len(body), kind, 0, 0, number, 0, 0) + body)
@@ -468,25 +479,34 @@ class NativeConnection:
         del self._backlog[:sent]
         if not self._backlog:
             self._loop.remove_writer(self._fd)
-        if self._is_paused and len(self._backlog) < _PAUSE_BYTES:
+        if self._unread_since_ns:
+            is_too_much = len(self._backlog) > self._limits.max_unsent_bytes
+            self._unread_since_ns = time.monotonic_ns() if is_too_much else 0
+        if self._is_paused and len(self._backlog) < self._pause_bytes:
             self._is_paused = False
+            if self._waiting_since_ns:
+                self._waiting_since_ns = time.monotonic_ns()
             self._loop.add_reader(self._fd, self._on_readable)
 
     def _check_backlog(self) -> None:
-        """A client that reads too slowly is not read from; one that does not read at all is closed."""
-        if len(self._backlog) > self._limits.max_unsent_bytes:
-            _log.warning("closing a connection of uid %s: it leaves its answers unread", self.peer.uid)
-            self.close()
-        elif len(self._backlog) > _PAUSE_BYTES and not self._is_paused:
+        """A client that reads too slowly is not read from; one with far too much unread gets errors for answers."""
+        if len(self._backlog) > self._pause_bytes and not self._is_paused:
             self._is_paused = True
             self._loop.remove_reader(self._fd)
+        if len(self._backlog) > self._limits.max_unsent_bytes and not self._unread_since_ns:
+            self._unread_since_ns = time.monotonic_ns()
 
     # ---------------------------------------------------------------- ending
 
-    def _end(self, reason: str) -> None:
+    def _end(self, problem: _ProtocolBroken) -> None:
         """Say why, and close."""
-        self._send_error(0, InvalidRequest(reason))
+        self._send_error(problem.number, problem.error)
         self.close()
+
+    def is_overdue(self, limit_ns: int) -> bool:
+        """True where the client has owed a frame's rest, or read nothing of far too many answers, since `limit_ns`."""
+        since = self._unread_since_ns if self._is_paused else self._waiting_since_ns
+        return 0 < since < limit_ns
 
     def close(self) -> None:
         """Close at once; what is in flight is withdrawn, regions go when nothing uses them."""
@@ -499,6 +519,9 @@ class NativeConnection:
         for fd in self._descriptors:
             os.close(fd)
         self._descriptors.clear()
+        if self._large is not None:
+            self._large.release()
+            self._large = None
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.plan.instance.cancel(call)
@@ -511,3 +534,19 @@ class NativeConnection:
         self._out.clear()
         self._backlog.clear()
         self._lobby.left(self)
+
+
+def _pack_timings(call: Call, timings: Timings) -> bytes:
+    stages = (
+        timings.decode_ns // 1000,
+        call.tokenise_ns // 1000,
+        call.queue_ns // 1000,
+        timings.copy_ns // 1000,
+        timings.compute_ns // 1000,
+        timings.postprocess_ns // 1000,
+        timings.batch_rows,
+    )
+    try:
+        return native.TIMINGS.pack(*stages)
+    except struct.error:  # 71 minutes are the most a field holds
+        return native.TIMINGS.pack(*(min(stage, _MAX_U32) for stage in stages))

@@ -7,7 +7,7 @@ from appliance.call import OutputTable, Plan, RegionView
 from appliance.errors import Cancelled, InvalidRequest
 from appliance.planner import check_contents
 from appliance.region import Region
-from appliance.server.oip_infer import read_outputs, read_parameters, request_from_message
+from appliance.server.oip_infer import check_request_id, read_outputs, read_parameters, request_from_message, shown
 from appliance.types import Buffer, Peer
 from appliance.wire.elements import check_elements, end_of_elements
 from appliance.wire.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
@@ -65,6 +65,8 @@ def read_head(engine: "Engine", message: ModelInferRequest) -> Head:
     Raises:
         ApplianceError: The request cannot run.
     """
+    if message.id:
+        check_request_id(message.id)
     timeout_us = read_parameters(message.parameters, 0)
     heads = [(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in message.inputs]
     sources = tuple(_source(tensor.name, tensor.parameters) for tensor in message.inputs)
@@ -92,13 +94,13 @@ def _source(name: str, parameters: Mapping[str, InferParameter]) -> RegionSource
         return None
     unknown = sorted(set(parameters) - _REGION_PARAMETERS)
     if unknown:
-        raise InvalidRequest(f"cannot take input {name!r}: its parameter {unknown[0][:64]!r} is not known here")
+        raise InvalidRequest(f"cannot take input {shown(name)}: its parameter {shown(unknown[0])} is not known here")
     values = []
     for key in (_REGION, _OFFSET, _SIZE):
         parameter = parameters.get(key)
         value = 0 if parameter is None and key == _OFFSET else _number(parameter)
         if value < 0:
-            raise InvalidRequest(f"cannot take input {name!r}: its parameter {key} must be a number from 0")
+            raise InvalidRequest(f"cannot take input {shown(name)}: its parameter {key} must be a number from 0")
         values.append(value)
     return RegionSource(*values)
 

@@ -1,4 +1,4 @@
-"""Elements of BYTES tensors: each preceded by its length as a 4-byte little-endian number (Triton's raw representation)."""
+"""Elements of BYTES tensors: each preceded by its length as a 4-byte little-endian number, as Triton has them."""
 
 import struct
 from collections.abc import Sequence

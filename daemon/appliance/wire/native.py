@@ -4,9 +4,9 @@ A frame is HEADER and then ``length`` bytes of body. All numbers are little-endi
 
     HEADER  length u32, type u8, flags u8, descriptors u16, id u64, head u32, timeout_us u32     (24 bytes)
 
-``head`` is how many bytes of the body the protobuf message takes; the rest, the tail, holds raw tensors. ``descriptors``
-is how many file descriptors travel with the frame's first byte as SCM_RIGHTS. ``id`` is the client's own number for a
-request or a region.
+``head`` is how many bytes of the body the protobuf message takes; the rest, the tail, holds raw tensors.
+``descriptors`` is how many file descriptors travel with the frame's first byte as SCM_RIGHTS. ``id`` is the client's
+own number for a request or a region.
 """
 
 import struct

@@ -19,13 +19,14 @@ DONE (worker to front-end)::
 
 FAULT (worker to front-end): FAULT_HEADER, then UTF-8 text; the whole batch failed, the worker lives.
 
-TENSOR: index u16, datatype u8, ndim u8, region u32, offset u64, byte length u64. ``region`` 0 is the slot's own slab (the
-input slab in RUN, the output slab in DONE); any other number is a region named by an earlier MAP, or in DONE `ATTACHED`: a
-memfd that came with the packet. An output of datatype BYTES is preceded by a table of (rows + 1) u64: where each row's
-elements begin, counted from the end of the table, and the end of the last one; the table counts in the byte length.
+TENSOR: index u16, datatype u8, ndim u8, region u32, offset u64, byte length u64. ``region`` 0 is the slot's own slab
+(the input slab in RUN, the output slab in DONE); any other number is a region named by an earlier MAP, or in DONE
+`ATTACHED`: a memfd that came with the packet. An output of datatype BYTES is preceded by a table of (rows + 1) u64:
+where each row's elements begin, counted from the end of the table, and the end of the last one; the table counts in
+the byte length.
 
-The layout, everything behind RUN_HEADER, repeats while the same shapes flow, so both ends may keep what they derived from
-it, keyed on its bytes.
+The layout, everything behind RUN_HEADER, repeats while the same shapes flow, so both ends may keep what they derived
+from it, keyed on its bytes.
 """
 
 import struct

@@ -50,7 +50,9 @@ def _settle() -> None:
     """Make the process a worker: dies with the daemon, deaf to the terminal, without standard input."""
     die_with_parent()
     volunteer_for_oom_kill()
+    # Whoever stops the daemon may signal its whole group or control group; what is in flight here shall still finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)

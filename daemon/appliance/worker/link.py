@@ -10,6 +10,9 @@ from appliance.wire.worker import MAX_PACKET_BYTES
 
 #: Descriptors that come with one packet at most: the two slabs of a slot.
 _MAX_FDS: Final = 2
+# Plain numbers: arithmetic on the socket module's flags costs a microsecond, and every packet needs it.
+_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 class LinkBroken(Exception):
@@ -38,13 +41,11 @@ class Link:
         Raises:
             LinkBroken: The packet was longer than the protocol allows.
         """
-        length, ancillary, flags, _ = self._sock.recvmsg_into(
-            self._buffers, self._ancillary_bytes, socket.MSG_CMSG_CLOEXEC
-        )
+        length, ancillary, flags, _ = self._sock.recvmsg_into(self._buffers, self._ancillary_bytes, _CLOEXEC)
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds.extend(array.array("i", content))
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & _TRUNCATED:
             raise LinkBroken("a packet or its descriptors were truncated")
         return length
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _MAX_DECODERS: Final = 4
 
 _PONG: Final = bytes((Kind.PONG,))
+_RUN: Final = int(Kind.RUN)
 
 
 class Loop:
@@ -58,7 +59,7 @@ class Loop:
         """
         link, buffer, planner = self._link, self._link.buffer, self._planner
         while length := link.receive():
-            if buffer[0] != Kind.RUN:
+            if buffer[0] != _RUN:
                 self._control(buffer[0], length)
                 continue
             try:

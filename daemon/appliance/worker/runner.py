@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.wire.worker import DONE_HEADER, Kind
 from appliance.worker.answer import Written, fault, with_row_errors, write_outputs
@@ -15,6 +15,8 @@ from appliance.worker.plan import Plan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+_DONE: Final = int(Kind.DONE)
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ def run(model: ServedModel, link: Link, batch: Batch) -> None:
     DONE_HEADER.pack_into(
         packet,
         0,
-        Kind.DONE,
+        _DONE,
         plan.slot,
         written.tensors,
         len(batch.row_errors) if batch.row_errors else 0,

@@ -138,7 +138,7 @@ WELCOME = frame(Frame.WELCOME, 0, native.WELCOME.pack(native.MAGIC, 1, 0, 1 << 2
 @pytest.mark.parametrize(
     ("content", "error", "reason"),
     [
-        (b"", ConnectionLost, "it was closed|reset by peer"),
+        (b"", ConnectionLost, "it was closed"),
         (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", ProtocolError, "is not in this protocol"),
         (bytes(range(256)) * 40, ProtocolError, "is not in this protocol"),
         (WELCOME[:10], ConnectionLost, "in the middle of a frame"),
@@ -153,7 +153,7 @@ WELCOME = frame(Frame.WELCOME, 0, native.WELCOME.pack(native.MAGIC, 1, 0, 1 << 2
     ],
 )
 def test_a_broken_handshake_is_an_error_and_no_hang(peer, infer, content, error, reason):
-    peer.script = lambda connection: connection.sendall(content)
+    peer.script = lambda connection: connection.recv(1 << 16) and connection.sendall(content)
     with pytest.raises(error, match=reason):
         infer(peer.path)
 

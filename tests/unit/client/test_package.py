@@ -32,6 +32,7 @@ def test_the_users_own_daemon_is_meant_where_its_socket_exists(tmp_path):
 
 
 def test_what_the_environment_names_is_meant():
+    assert names(APPLIANCE_SOCKET_DIR="/z") == (Path("/z/infer.sock"), Path("/z/http.sock"))
     assert names(APPLIANCE_SOCKET="/x/infer.sock") == (Path("/x/infer.sock"), Path("/x/http.sock"))
     assert names(APPLIANCE_SOCKET="/x/a.sock", APPLIANCE_HTTP_SOCKET="/y/b.sock") == (
         Path("/x/a.sock"),
@@ -84,11 +85,11 @@ def test_every_exported_name_exists():
 def test_the_example_in_the_packages_docstring_runs(peer, monkeypatch, capsys):
     def respond(session, request):
         text = request.contents[0][4:]
-        session.result(request.identifier, [("label", "BYTES", [1], len(text).to_bytes(4, "little") + text)])
+        session.result(request.identifier, [("label", "BYTES", [1, 1], len(text).to_bytes(4, "little") + text)])
 
     peer.models["language-id"] = respond
     monkeypatch.setenv("APPLIANCE_SOCKET", str(peer.path))
     lines = [line[4:] for line in (appliance_client.__doc__ or "").splitlines() if line.startswith("    ")]
     assert len(lines) <= 10
     exec("\n".join(lines), {})
-    assert capsys.readouterr().out.startswith("['Guten Morgen'] Timings(decode_us=1,")
+    assert capsys.readouterr().out.startswith("[['Guten Morgen']] Timings(decode_us=1,")
