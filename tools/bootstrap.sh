@@ -100,6 +100,7 @@ else
     echo "installing dependencies into .venv (once) ..." >&2
     "$python" -m venv --clear "$venv" || fail "$python -m venv failed (see above)"
     pip_install --require-hashes -r requirements.lock
+    echo "$lock_stamp" >"$venv/stamp"
 fi
 pip_install --no-deps --no-build-isolation --no-index --editable .
 "$venv/bin/python" -m pip --disable-pip-version-check check >"$venv/pip.log" 2>&1 ||

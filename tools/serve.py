@@ -36,8 +36,7 @@ def instructions(directory: Path, is_found: bool, environment: Path) -> str:
         "",
         f"  {environment}/python",
         "  >>> from appliance_client import Client",
-        f"  >>> client = Client({'' if is_found else repr(f'{directory}/infer.sock')})",
-        '  >>> client.infer("language-id", {"text": [["Hvor er banegården?"]]}).text("label")',
+        '  >>> Client().infer("language-id", {"text": ["Hvor er banegården?"]}).text("label")',
         "",
     ]
     if not is_found:

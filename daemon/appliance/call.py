@@ -134,10 +134,18 @@ FINISHED: Final = CallState.FINISHED
 
 
 class RegionView(NamedTuple):
-    """Where a tensor's bytes lie in a client's region, so that the worker can use them in place."""
+    """Where a tensor's bytes lie in a client's region.
+
+    Attributes:
+        region: The region.
+        offset: Where in it.
+        is_in_place: True where the worker may read them there. The client can change them while it does, so only what
+            no runtime uses as an index or a count is read in place.
+    """
 
     region: Region
     offset: int
+    is_in_place: bool
 
 
 class Call:

@@ -40,7 +40,8 @@ class Gatherer:
     def gather(self, calls: Sequence[Call], memory: memoryview, region: int) -> Gathered:
         """Copy the tensors of `calls`, all of one signature, into `memory`, which the worker knows as `region`.
 
-        Region 0 is the slot's slab. A tensor that lies in a client's region is not copied where its call runs alone: the worker reads it in place.
+        Region 0 is the slot's slab. A tensor that may be read in its client's region is not copied where its call runs
+        alone.
         """
         first = calls[0].plan
         rows = wanted = 0
@@ -87,7 +88,7 @@ class Gatherer:
         for place, tensor in enumerate(calls[0].plan.tensors):
             shape = self._shape(tensor, rows)
             shared = views[place] if views else None
-            if shared is not None:
+            if shared is not None and shared.is_in_place:
                 size = len(calls[0].contents[place])
                 layouts.append(
                     TensorLayout(tensor.place, tensor.datatype, shape, shared.region.number, shared.offset, size)

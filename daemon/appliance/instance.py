@@ -416,7 +416,7 @@ class Instance:
             return slot.input.memory, 0
         outside = 0
         for view, tensor in zip(call.region_views, call.plan.tensors, strict=False):
-            if view is not None:
+            if view is not None and view.is_in_place:
                 link.map_region(view.region.number, view.region.slab)
                 view.region.watch(link.unmap_region)
                 outside += max(tensor.byte_length, 0)

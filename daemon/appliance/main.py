@@ -21,6 +21,7 @@ from appliance import __version__
 from appliance.config import Config, read_config
 from appliance.engine import Engine
 from appliance.errors import ConfigError
+from appliance.guardian import Guardian
 from appliance.inventory import read_inventory
 from appliance.server import listen
 from appliance.server.grpc import GrpcServer
@@ -78,9 +79,10 @@ def _return_memory() -> None:
 class Daemon:
     """The running whole: engine, transports, sockets."""
 
-    def __init__(self, config: Config, directory: Path) -> None:
+    def __init__(self, config: Config, directory: Path, guardian: Guardian) -> None:
         self._config = config
         self._directory = directory
+        self._guardian = guardian
         self._admin_uids = frozenset((0, os.geteuid(), *config.access.admin_uids))
         self._stopping = asyncio.Event()
 
@@ -105,24 +107,28 @@ class Daemon:
         http = HttpServer(engine, config)
         paths = {name: directory / f"{name}.sock" for name in ("infer", "grpc", "http")}
         made: list[Path] = []  # what is not ours stays when starting fails
+
+        def note(path: Path) -> None:
+            made.append(path)
+            self._guardian.entrust(path.name)
+
         try:
             native.start(listen.unix_socket(paths["infer"]))
-            made.append(paths["infer"])
+            note(paths["infer"])
             http_tcp = listen.tcp_socket(config.listen.http_tcp) if config.listen.http_tcp else None
             http_unix = listen.unix_socket(paths["http"])
-            made.append(paths["http"])
+            note(paths["http"])
             await http.start(http_unix, http_tcp)
-            listen.clear_stale_socket(paths["grpc"])
-            try:
-                await grpc.start(str(paths["grpc"]), config.listen.grpc_tcp or None)
-            except RuntimeError as error:
-                raise ConfigError(f"cannot listen for gRPC: {error}") from error
+            grpc_tcp = listen.tcp_socket(config.listen.grpc_tcp) if config.listen.grpc_tcp else None
+            grpc_unix = listen.unix_socket(paths["grpc"])
+            note(paths["grpc"])
+            await grpc.start(grpc_unix, grpc_tcp)
             endpoints = http.endpoints
             endpoints.update({name: str(path) for name, path in paths.items()})
-            if config.listen.grpc_tcp:
-                endpoints["grpc_tcp"] = f"{config.listen.grpc_tcp.rpartition(':')[0]}:{grpc.tcp_port}"
+            if grpc_tcp is not None:
+                endpoints["grpc_tcp"] = f"{config.listen.grpc_tcp.rpartition(':')[0]}:{grpc_tcp.getsockname()[1]}"
             _log.info("listening in %s after %.2f s", directory, time.monotonic() - began)
-            made.append(self._write_endpoints(endpoints))
+            note(self._write_endpoints(endpoints))
             await self._serve(engine, began)
         finally:
             _say("STOPPING=1")
@@ -130,7 +136,7 @@ class Daemon:
             native.stop_accepting()
             engine.begin_drain()
             await asyncio.gather(engine.stop(grace), grpc.stop(grace), http.stop(grace), return_exceptions=True)
-            native.stop()
+            await native.stop()
             for path in made:
                 listen.remove(path)
             _log.info("stopped")
@@ -214,9 +220,10 @@ def main(argv: list[str] | None = None) -> int:
         directory = config.socket_directory().absolute()
         listen.prepare_directory(directory)
         lock = listen.lock_directory(directory)
+        guardian = Guardian(str(directory), listen.LOCK_NAME)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_run(config, directory))
+                runner.run(_run(config, directory, guardian))
         finally:
             os.close(lock)
     except ConfigError as error:
@@ -225,8 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-async def _run(config: Config, directory: Path) -> None:
-    await Daemon(config, directory).run()
+async def _run(config: Config, directory: Path, guardian: Guardian) -> None:
+    await Daemon(config, directory, guardian).run()
 
 
 if __name__ == "__main__":

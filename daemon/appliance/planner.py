@@ -139,6 +139,8 @@ def make_plan(
             raise InvalidRequest(
                 f"cannot take input {name!r}: its datatype is {_shown(datatype)} and must be {spec.datatype!r}"
             )
+        if name in signature.made and len(shape) == 1 and len(spec.shape) == 2:
+            shape = (*shape, 1)  # one text or picture a row: people leave the second dimension out
         elements = _check_shape(name, shape, spec.shape)
         if signature.max_batch_size:
             rows = _check_rows(name, shape[0], rows, signature.max_batch_size)
@@ -249,6 +251,6 @@ def _wanted(signature: Signature, outputs: Sequence[str]) -> list[int]:
             known = ", ".join(repr(known) for known in signature.output_names)
             raise InvalidRequest(f"cannot give output {_shown(name)}: the model gives {known}")
         if entry[0] in indices:
-            raise InvalidRequest(f"cannot give output {name!r} twice")
+            raise InvalidRequest(f"cannot give output {name!r}: it is asked for more than once")
         indices.append(entry[0])
     return indices

@@ -3,7 +3,7 @@
     from appliance_client import Client
 
     with Client() as client:
-        answer = client.infer("language-id", {"text": [["Guten Morgen"]]}, timeout=1.0)
+        answer = client.infer("language-id", {"text": ["Guten Morgen"]}, timeout=1.0)
         print(answer.text("label"), answer.timings)
 
 `Client` blocks and may be shared between threads, `AsyncClient` is for asyncio, `AdminClient` speaks to the HTTP

@@ -546,8 +546,10 @@ def test_a_backend_that_breaks_its_contract_fails_its_batch_as_internal(faulty, 
 
     async def scenario():
         async with AsyncClient(faulty.running.infer_socket) as client:
-            held = [asyncio.ensure_future(client.infer(name, command("wait"))) for _ in range(2)]
-            await until(lambda: faulty.running.model(name)["running"] == 2)
+            held = []
+            for place in (1, 2):
+                held.append(asyncio.ensure_future(client.infer(name, command("wait"))))
+                await until(lambda place=place: faulty.running.model(name)["running"] == place)
             bad = asyncio.ensure_future(settled(client.infer(name, command(word))))
             await until(lambda: faulty.running.model(name)["queued"] == 1)
             mates = [asyncio.ensure_future(client.infer(name, tensor(value, rows=2))) for value in range(1, 6)]

@@ -140,10 +140,11 @@ def test_load_takes_neither_config_nor_files_from_the_request(admin):
     assert status == "StatusCode.INVALID_ARGUMENT"
 
 
-def test_the_unix_socket_has_no_admin_methods(daemon, typed):
-    with triton.InferenceServerClient(f"unix:{daemon.grpc_socket}") as client:
-        for call in (client.load_model, client.unload_model):
-            assert refusal(call, "identity")[0] == "StatusCode.UNIMPLEMENTED"
+def test_the_unix_socket_knows_its_clients_and_tcp_does_not(typed):
+    with triton.InferenceServerClient(f"unix:{typed.grpc_socket}") as client:
+        client.unload_model("fp64")
+        client.load_model("fp64")
+        assert client.is_model_ready("fp64")
     with triton.InferenceServerClient(typed.grpc_tcp) as client:
         for call in (client.load_model, client.unload_model):
             assert refusal(call, "fp64")[0] == "StatusCode.PERMISSION_DENIED"

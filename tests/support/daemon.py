@@ -147,6 +147,7 @@ def start_daemon(
         lines.append(f"[{name}]")
         lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
     config.write_text("\n".join(lines))
+    (socket_dir / "endpoints.json").unlink(missing_ok=True)  # that of a daemon killed before says nothing of this one
     log_path = directory / "log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -185,3 +186,8 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -98,7 +98,8 @@ class Native:
     def send_descriptors(self, content: bytes, descriptors: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         sent = self.socket.sendmsg([content], rights)
-        self.socket.sendall(content[sent:])
+        if sent < len(content):
+            self.socket.sendall(content[sent:])
 
     def _exactly(self, size: int) -> bytes:
         content = bytearray()

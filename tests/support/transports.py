@@ -67,7 +67,7 @@ class Outcome(NamedTuple):
     kind: str
     message: str
     code: object = None
-    outputs: dict[str, bytes] = {}
+    outputs: dict[str, bytes] | None = None
 
 
 class NativeTransport:

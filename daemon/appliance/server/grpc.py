@@ -1,170 +1,139 @@
 """The Open Inference Protocol and grpc.health.v1 over gRPC, on a Unix socket and on TCP.
 
-The two are separate servers, since what a caller may do follows from the door: gRPC cannot tell who is on the other end
-of a Unix socket (grpc/grpc#28755), so that socket is guarded by its mode and has no admin method at all, not even one
-that refuses.
+The server is our own, on `appliance.server.h2`: it knows by SO_PEERCRED who is on the other end of a Unix socket, which
+gRPC's own cannot tell (grpc/grpc#28755), and it costs a fraction of its time.
 """
 
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
-
-import grpc
+import socket
+from typing import TYPE_CHECKING, Final
 
 from appliance.config import Config
-from appliance.errors import ApplianceError
-from appliance.server.access import METHOD_ROLE, authorise
-from appliance.server.grpc_errors import abort, abort_unexpected
+from appliance.server.access import peer_of
+from appliance.server.budget import BodyBudget
+from appliance.server.grpc_connection import GrpcConnection
+from appliance.server.grpc_heads import InferHeads
 from appliance.server.grpc_health import HealthService
-from appliance.server.grpc_stream import InferStream
-from appliance.server.oip import CALLS, dispatch_unary, message_from_result, parse_infer, request_from_message
-from appliance.server.oip_infer import serialise_result
+from appliance.server.h2.connection import Connection
 from appliance.server.oip_wire import MAX_HEAD_BYTES
-from appliance.types import Peer, Role
+from appliance.types import Peer
 
 if TYPE_CHECKING:
     from appliance.engine import Engine
 
-SERVICE: Final = "inference.GRPCInferenceService"
-HEALTH: Final = "grpc.health.v1.Health"
-
-#: A client without calls may ping this often; the third ping too early closes its connection (gRFC A8).
-_PING_INTERVAL_MS: Final = 10_000
-_PING_STRIKES: Final = 2
-
-Handler = Callable[[bytes, Any], Awaitable[bytes]]
+_BACKLOG: Final = 1024
+#: Unfinished messages of all connections together, in requests of the largest size.
+_BUDGET_REQUESTS: Final = 4
+#: Between two looks at all connections, at most.
+_SWEEP_SECONDS: Final = 1.0
+#: How long what is written may take to leave when the server stops.
+_FLUSH_SECONDS: Final = 1.0
 
 
 class GrpcServer:
     """Serves an engine over gRPC.
 
     Attributes:
-        tcp_port: The port bound on TCP, 0 while there is none.
+        engine: Who answers.
+        budget: Bytes that unfinished messages may hold together.
+        health: What answers grpc.health.v1.
+        heads: Validated heads of requests.
+        max_request_bytes: Bytes of one request's tensors.
+        max_message_bytes: Bytes of one message.
+        max_streams: Calls of one connection that are not answered.
+        max_unsent_bytes: Answers a connection may leave unread before it is closed.
     """
 
     def __init__(self, engine: "Engine", config: Config) -> None:
-        self.tcp_port = 0
-        self._engine = engine
-        self._config = config
-        self._health = HealthService(engine)
-        self._servers: list[Any] = []
-        self._unix_path: str | None = None
+        limits = config.limits
+        self.engine = engine
+        self.budget = BodyBudget(_BUDGET_REQUESTS * limits.max_request_bytes)
+        self.health = HealthService(engine)
+        self.heads = InferHeads(engine)
+        self.max_request_bytes = limits.max_request_bytes
+        self.max_message_bytes = limits.max_request_bytes + MAX_HEAD_BYTES
+        self.max_streams = limits.max_requests_in_flight
+        self.max_unsent_bytes = limits.max_unsent_bytes
+        self._max_connections = limits.max_connections
+        self._header_seconds = limits.header_seconds
+        self._period = min(_SWEEP_SECONDS, limits.header_seconds / 4)
+        self._tcp_role = config.access.tcp_role
+        self._admin_uids = frozenset((0, os.geteuid(), *config.access.admin_uids))
+        self._servers: list[asyncio.AbstractServer] = []
+        self._connections: dict[Connection, GrpcConnection] = {}
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+        self._is_stopping = False
+        self._sweeper: asyncio.TimerHandle | None = None
 
-    async def start(self, unix_path: str | None, tcp: str | None) -> None:
-        """Listen.
+    async def start(self, unix_socket: socket.socket | None, tcp_socket: socket.socket | None) -> None:
+        """Serve on bound sockets; either may be absent."""
+        loop = asyncio.get_running_loop()
+        if unix_socket is not None:
+            server = await loop.create_unix_server(lambda: Connection(self), sock=unix_socket, backlog=_BACKLOG)
+            self._servers.append(server)
+        if tcp_socket is not None:
+            server = await loop.create_server(lambda: Connection(self), sock=tcp_socket, backlog=_BACKLOG)
+            self._servers.append(server)
 
-        Args:
-            unix_path: Where the Unix socket goes, in a directory that exists; its mode is 0660. None for none.
-            tcp: ``host:port``, checked by the configuration to be loopback. None for none.
-
-        Raises:
-            RuntimeError: An address cannot be bound.
-        """
-        if unix_path:
-            server = self._server(Peer("grpc", Role.INFER), has_admin=False)
-            before = os.umask(0o117)  # the socket file has its mode from birth
+    def admit(self, connection: Connection, transport: asyncio.Transport) -> GrpcConnection | None:
+        """What answers a new connection; None where there are too many, or the daemon stops."""
+        sock: socket.socket | None = transport.get_extra_info("socket")
+        if sock is None or self._is_stopping or len(self._connections) >= self._max_connections:
+            return None
+        peer = Peer("grpc", self._tcp_role)
+        if sock.family == socket.AF_UNIX:
             try:
-                server.add_insecure_port(f"unix:{unix_path}")
-            finally:
-                os.umask(before)
-            self._unix_path = unix_path
-        if tcp:
-            server = self._server(Peer("grpc", self._config.access.tcp_role), has_admin=True)
-            self.tcp_port = server.add_insecure_port(tcp)
-        for server in self._servers:
-            await server.start()
+                peer = peer_of(sock, "grpc", self._admin_uids)
+            except OSError:
+                return None
+        answering = self._connections[connection] = GrpcConnection(self, connection, peer)
+        self._is_empty.clear()
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(self._period, self._sweep)
+        return answering
+
+    def left(self, connection: Connection) -> None:
+        """A connection is gone (called by it)."""
+        self._connections.pop(connection, None)
+        if not self._connections:
+            self._is_empty.set()
+
+    def _sweep(self) -> None:
+        """Look at every connection for what is owed; with none left, no longer."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for connection in tuple(self._connections):
+            connection.sweep(now, self._header_seconds)
+        self._sweeper = loop.call_later(self._period, self._sweep) if self._connections else None
 
     async def stop(self, grace_s: float) -> None:
         """Take no new call, let calls in flight finish within `grace_s`, end the rest with UNAVAILABLE, close."""
-        self._health.close()
-        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
-        if self._unix_path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._unix_path)
+        self._is_stopping = True
+        for server in self._servers:
+            server.close()
+        self.health.close()
+        for connection in tuple(self._connections):
+            connection.drain()
+        if not await self._emptied(grace_s):
+            for answering in tuple(self._connections.values()):
+                answering.give_up()
+            await self._emptied(_FLUSH_SECONDS)
+        for connection in tuple(self._connections):
+            connection.abort()
+        await self._emptied(_FLUSH_SECONDS)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for server in self._servers:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_SECONDS):
+                    await server.wait_closed()
+        self._servers.clear()
 
-    def _server(self, peer: Peer, has_admin: bool) -> Any:
-        limits = self._config.limits
-        server = grpc.aio.server(
-            options=(
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", limits.max_request_bytes + MAX_HEAD_BYTES),
-                ("grpc.max_send_message_length", -1),  # how large an answer is was decided by the model
-                ("grpc.max_allowed_incoming_connections", limits.max_connections),
-                ("grpc.max_concurrent_streams", limits.max_requests_in_flight),
-                ("grpc.server_handshake_timeout_ms", int(limits.header_seconds * 1000)),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_INTERVAL_MS),
-                ("grpc.http2.max_ping_strikes", _PING_STRIKES),
-            ),
-            maximum_concurrent_rpcs=limits.max_connections,
-        )
-        service = InferenceService(self._engine, peer, limits.max_request_bytes)
-        server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(SERVICE, service.handlers(has_admin)),
-                grpc.method_handlers_generic_handler(HEALTH, self._health.handlers()),
-            )
-        )
-        self._servers.append(server)
-        return server
-
-
-class InferenceService:
-    """The methods of GRPCInferenceService for one door. Messages go in and out serialised."""
-
-    def __init__(self, engine: "Engine", peer: Peer, max_request_bytes: int) -> None:
-        self._engine = engine
-        self._peer = peer
-        self._max_request_bytes = max_request_bytes
-
-    def handlers(self, has_admin: bool) -> dict[str, Any]:
-        """Handlers by method; those that need the role admin only where `has_admin`."""
-        table = {
-            method: grpc.unary_unary_rpc_method_handler(self._call(method))
-            for method in CALLS
-            if has_admin or METHOD_ROLE[method] is Role.INFER
-        }
-        table["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self.infer)
-        table["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream)
-        return table
-
-    async def infer(self, body: bytes, context: Any) -> bytes:
-        """ModelInfer. A client that cancels or goes away cancels this task, and so withdraws the request."""
-        try:
-            authorise(self._peer, "ModelInfer")
-            message, raw = parse_infer(body)
-            request = request_from_message(message, self._peer, remaining_us(context), raw)
-            result = await self._engine.infer(request)
-            return serialise_result(message_from_result(result, message.id, with_content=False), result)
-        except ApplianceError as error:
-            return await abort(context, error)
-        except Exception:
-            return await abort_unexpected(context, "ModelInfer")
-
-    async def stream(self, requests: Any, context: Any) -> None:
-        """ModelStreamInfer."""
-        try:
-            authorise(self._peer, "ModelStreamInfer")
-        except ApplianceError as error:
-            await abort(context, error)
-        stream = InferStream(self._engine, self._peer, context, remaining_us, self._max_request_bytes)
-        await stream.run()
-
-    def _call(self, method: str) -> Handler:
-        async def call(body: bytes, context: Any) -> bytes:
-            try:
-                return await dispatch_unary(self._engine, self._peer, method, body)
-            except ApplianceError as error:
-                return await abort(context, error)
-            except Exception:
-                return await abort_unexpected(context, method)
-
-        return call
-
-
-def remaining_us(context: Any) -> int:
-    """Microseconds until the client's deadline, at least 1; 0 where it set none."""
-    remaining = context.time_remaining()
-    return 0 if remaining is None else max(1, int(remaining * 1e6))
+    async def _emptied(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._is_empty.wait()
+        return not self._connections

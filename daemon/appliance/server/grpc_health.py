@@ -1,12 +1,9 @@
 """grpc.health.v1 (grpc/grpc doc/health-checking.md): Check and Watch for the server and for each model by its name."""
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-import grpc
-
-from appliance.errors import ApplianceError, InvalidRequest, ModelNotFound
-from appliance.server.grpc_errors import abort
+from appliance.errors import InvalidRequest, ModelNotFound
 from appliance.server.oip_wire import parse_message
 from appliance.wire.open_inference_pb2 import HealthCheckRequest, HealthCheckResponse
 
@@ -21,6 +18,14 @@ _SERVICE_UNKNOWN: Final = HealthCheckResponse.SERVICE_UNKNOWN
 _SERVER: Final = frozenset(("", "inference.GRPCInferenceService"))
 
 
+class Answers(Protocol):
+    """Where Watch's answers go."""
+
+    async def write(self, message: bytes) -> None:
+        """Send one, and wait until the client has taken it."""
+        ...
+
+
 class HealthService:
     """The methods of Health. It tells states and nothing else, so every caller may use it."""
 
@@ -29,36 +34,31 @@ class HealthService:
         self._is_closing = False
         self._watchers: set[asyncio.Event] = set()
 
-    def handlers(self) -> dict[str, Any]:
-        """Handlers by method."""
-        return {
-            "Check": grpc.unary_unary_rpc_method_handler(self.check),
-            "Watch": grpc.unary_stream_rpc_method_handler(self.watch),
-        }
-
     def close(self) -> None:
         """Report NOT_SERVING from now on, and end every Watch after it has said so."""
         self._is_closing = True
         for changed in self._watchers:
             changed.set()
 
-    async def check(self, body: bytes, context: Any) -> bytes:
-        """The state of one service; NOT_FOUND for one that is none."""
-        try:
-            service = parse_message(HealthCheckRequest, body).service
-            status = self._status(service)
-            if status == _SERVICE_UNKNOWN:
-                raise ModelNotFound("cannot check the service: it is neither the server nor a model")
-        except ApplianceError as error:
-            return await abort(context, error)
+    def check(self, body: bytes) -> bytes:
+        """The state of one service.
+
+        Raises:
+            ModelNotFound: It is neither the server nor a model.
+            InvalidRequest: `body` is no HealthCheckRequest.
+        """
+        status = self._status(parse_message(HealthCheckRequest, body).service)
+        if status == _SERVICE_UNKNOWN:
+            raise ModelNotFound("cannot check the service: it is neither the server nor a model")
         return HealthCheckResponse(status=status).SerializeToString()
 
-    async def watch(self, body: bytes, context: Any) -> None:
-        """The state of one service now and after each change; SERVICE_UNKNOWN while it is none."""
-        try:
-            service = parse_message(HealthCheckRequest, body).service
-        except ApplianceError as error:
-            await abort(context, error)
+    async def watch(self, body: bytes, call: Answers) -> None:
+        """The state of one service now and after each change; SERVICE_UNKNOWN while it is none.
+
+        Raises:
+            InvalidRequest: `body` is no HealthCheckRequest.
+        """
+        service = parse_message(HealthCheckRequest, body).service
         changed = asyncio.Event()
         self._watchers.add(changed)
         stop_watching = self._engine.watch(lambda name, is_ready: changed.set())
@@ -68,7 +68,7 @@ class HealthService:
                 changed.clear()
                 status = self._status(service)
                 if status != told:
-                    await context.write(HealthCheckResponse(status=status).SerializeToString())
+                    await call.write(HealthCheckResponse(status=status).SerializeToString())
                     told = status
                 if self._is_closing:
                     return

@@ -6,13 +6,11 @@ after answers that were not marked final.
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
-
-import grpc
+from typing import TYPE_CHECKING, Final, Protocol
 
 from appliance.errors import ApplianceError, Overloaded
-from appliance.server.grpc_errors import abort, log_unexpected
+from appliance.server.grpc_errors import log_unexpected
+from appliance.server.grpc_message import CallRefused
 from appliance.server.oip import (
     check_request_id,
     message_from_result,
@@ -21,7 +19,7 @@ from appliance.server.oip import (
     serialise_result,
 )
 from appliance.server.oip_wire import varint
-from appliance.types import Peer
+from appliance.types import Buffer, Peer
 from appliance.wire.open_inference_pb2 import ModelInferResponse, ModelStreamInferResponse
 
 if TYPE_CHECKING:
@@ -35,14 +33,29 @@ STALL_SECONDS: Final = 30.0
 _RESPONSE_TAG: Final = b"\x12"
 
 
+class Messages(Protocol):
+    """The two ways of the call."""
+
+    async def read(self) -> Buffer | None:
+        """The next request; None behind the last."""
+        ...
+
+    async def write(self, message: bytes) -> None:
+        """Send an answer, and wait until the client has taken it."""
+        ...
+
+    def remaining_us(self) -> int:
+        """The time limit of a request that arrives now, 0 for none."""
+        ...
+
+
 class InferStream:
     """One ModelStreamInfer call.
 
     Args:
         engine: What answers.
         peer: Who asks.
-        context: The call, whose messages are bytes.
-        remaining_us: Gives the time limit of a request that arrives now.
+        call: Where requests come from and answers go.
         max_bytes: Bytes of requests in flight beyond which no more is read.
         stall_seconds: How long one answer may stay unread.
     """
@@ -51,15 +64,13 @@ class InferStream:
         self,
         engine: "Engine",
         peer: Peer,
-        context: Any,
-        remaining_us: Callable[[Any], int],
+        call: Messages,
         max_bytes: int,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
         self._engine = engine
         self._peer = peer
-        self._context = context
-        self._remaining_us = remaining_us
+        self._call = call
         self._max_bytes = max_bytes
         self._stall_seconds = stall_seconds
         self._answers: asyncio.Queue[tuple[asyncio.Task[bytes], int] | None] = asyncio.Queue()
@@ -68,20 +79,26 @@ class InferStream:
         self._bytes = 0
 
     async def run(self) -> None:
-        """Serve until the client has sent its last request and read its last answer. Cancelling withdraws all."""
+        """Serve until the client has sent its last request and read its last answer. Cancelling withdraws all.
+
+        Raises:
+            Overloaded: The client does not read its answers.
+            CallRefused: Its messages cannot be read.
+        """
+        failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._write_answers())
-                while (body := await self._context.read()) is not grpc.aio.EOF:
+                while (body := await self._call.read()) is not None:
                     await self._wait_for_room(len(body))
                     self._answers.put_nowait((group.create_task(self._answer(body)), len(body)))
                 self._answers.put_nowait(None)
         except* TimeoutError:
-            is_stalled = True
-        else:
-            is_stalled = False
-        if is_stalled:
-            await abort(self._context, Overloaded("cannot go on with the stream: the client does not read its answers"))
+            failure = Overloaded("cannot go on with the stream: the client does not read its answers")
+        except* CallRefused as refusals:
+            (failure,) = [each for each in refusals.exceptions if isinstance(each, CallRefused)]
+        if failure is not None:
+            raise failure
 
     async def _wait_for_room(self, size: int) -> None:
         while self._requests >= MAX_STREAM_REQUESTS or (self._requests and self._bytes + size > self._max_bytes):
@@ -95,18 +112,18 @@ class InferStream:
             answer, size = entry
             response = await answer
             async with asyncio.timeout(self._stall_seconds):
-                await self._context.write(response)
+                await self._call.write(response)
             self._requests -= 1
             self._bytes -= size
             self._has_room.set()
 
-    async def _answer(self, body: bytes) -> bytes:
+    async def _answer(self, body: Buffer) -> bytes:
         request_id = ""
         try:
             message, raw = parse_infer(body)
             check_request_id(message.id)
             request_id = message.id
-            request = request_from_message(message, self._peer, self._remaining_us(self._context), raw)
+            request = request_from_message(message, self._peer, self._call.remaining_us(), raw)
             result = await self._engine.infer(request)
             response = message_from_result(result, request_id, with_content=False)
             response.parameters["triton_final_response"].bool_param = True

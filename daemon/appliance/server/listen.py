@@ -6,12 +6,18 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 
 from appliance.config import split_address
 from appliance.errors import ConfigError
 
 _BACKLOG = 1024
+
+#: The file in the sockets' directory that a running daemon holds locked.
+LOCK_NAME = "applianced.lock"
+#: How long the lock is tried for: a killed daemon's guardian holds it while it cleans up.
+_LOCK_SECONDS = 0.5
 
 
 def prepare_directory(directory: Path) -> None:
@@ -35,15 +41,22 @@ def lock_directory(directory: Path) -> int:
         ConfigError: Another daemon has it, or it cannot be written to.
     """
     try:
-        fd = os.open(directory / "applianced.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot use the socket directory {str(directory)!r}: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise ConfigError(f"cannot use the socket directory {str(directory)!r}: another daemon is using it") from error
-    return fd
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() < end:
+                time.sleep(0.01)
+                continue
+            os.close(fd)
+            raise ConfigError(
+                f"cannot use the socket directory {str(directory)!r}: another daemon is using it"
+            ) from error
+        return fd
 
 
 def clear_stale_socket(path: Path) -> None:

@@ -27,6 +27,8 @@ _ACCEPT_AT_ONCE: Final = 64
 #: Pause in accepting when the process has no descriptor left.
 _EXHAUSTED_SECONDS: Final = 0.2
 _SWEEP_SECONDS: Final = 1.0
+#: How long answers already written may take to leave when the server stops.
+_FLUSH_SECONDS: Final = 2.0
 #: Frames of the largest size that may be on their way at a time.
 _BUDGET_REQUESTS: Final = 4
 
@@ -125,8 +127,11 @@ class NativeServer:
         for connection in tuple(self._connections):
             connection.go_away()
 
-    def stop(self) -> None:
-        """Close every connection."""
+    async def stop(self) -> None:
+        """Let answers already written leave, then close every connection."""
+        end = self._loop.time() + _FLUSH_SECONDS
+        while any(connection.has_unsent for connection in self._connections) and self._loop.time() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # once in a daemon's life, and no connection has to tell
         if self._sweeper is not None:
             self._sweeper.cancel()
         for connection in tuple(self._connections):

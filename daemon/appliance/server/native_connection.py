@@ -410,6 +410,11 @@ class NativeConnection:
             self._frame(kind, number, body)
             self.flush()
 
+    @property
+    def has_unsent(self) -> bool:
+        """True while the client has answers to take."""
+        return bool(self._backlog)
+
     def go_away(self) -> None:
         """Tell the client that the daemon drains."""
         self._send(Frame.GOAWAY, 0, b"")

@@ -23,6 +23,9 @@ _REGION_PARAMETERS = frozenset((_REGION, _OFFSET, _SIZE))
 #: Bytes of a BYTES tensor in a region, which is copied before it is checked.
 _MAX_COPIED_BYTES: Final = 1 << 26
 
+#: Datatypes the worker may read where a client can change them meanwhile; integers may be indices.
+_IN_PLACE: Final = frozenset(("FP16", "BF16", "FP32", "FP64", "UINT8", "INT8"))
+
 #: Answer to CANCEL.
 CANCELLED = Cancelled("the request was cancelled")
 
@@ -164,7 +167,7 @@ def split_tail(
                 # The client could change lengths after they were checked, so they are checked on a copy.
                 content = bytes(content)
                 check_elements(content, tensor.elements, name)
-            views.append(RegionView(region, source.offset) if size >= 0 else None)
+            views.append(RegionView(region, source.offset, tensor.datatype in _IN_PLACE) if size >= 0 else None)
         else:
             end = position + size if size >= 0 else end_of_elements(tail, position, tensor.elements, name)
             content = tail[position:end]

@@ -28,7 +28,7 @@ _RAW_INPUT_TAG: Final = 7 << 3 | 2
 M = TypeVar("M", bound=Message)
 
 
-def parse_message(kind: type[M], body: bytes) -> M:
+def parse_message(kind: type[M], body: Buffer) -> M:
     """Parse a message of at most MAX_HEAD_BYTES.
 
     Raises:
@@ -39,7 +39,7 @@ def parse_message(kind: type[M], body: bytes) -> M:
     return _parse(kind, body)
 
 
-def parse_infer(body: bytes) -> tuple[ModelInferRequest, Sequence[Buffer]]:
+def parse_infer(body: Buffer) -> tuple[ModelInferRequest, Sequence[Buffer]]:
     """Parse a serialised ModelInferRequest without copying large tensors.
 
     Returns:
@@ -67,27 +67,27 @@ def varint(value: int) -> bytes:
     return bytes(parts)
 
 
-def _parse(kind: type[M], body: bytes) -> M:
+def _parse(kind: type[M], body: Buffer) -> M:
     try:
-        return kind.FromString(body)
+        return kind.FromString(body)  # type: ignore[arg-type] # views do as well
     except DecodeError as error:
         raise InvalidRequest(f"cannot read the message: it is no {kind.DESCRIPTOR.name}") from error
 
 
-def _split_raw(body: bytes) -> tuple[bytes, list[Buffer]]:
+def _split_raw(body: Buffer) -> tuple[bytes, list[Buffer]]:
     view = memoryview(body)
     head: list[Buffer] = []
     raw: list[Buffer] = []
     head_bytes = 0
     typed_bytes = 0
-    for tag, start, inner, stop in _fields(body, 0, len(body)):
+    for tag, start, inner, stop in field_spans(body, 0, len(body)):
         if tag == _RAW_INPUT_TAG:
             raw.append(view[inner:stop])
             continue
         head.append(view[start:stop])
         head_bytes += stop - start
         if tag == _INPUTS_TAG and stop - start > 1024:
-            typed_bytes += sum(e - s for t, s, _, e in _fields(body, inner, stop) if t == _CONTENTS_TAG)
+            typed_bytes += sum(e - s for t, s, _, e in field_spans(body, inner, stop) if t == _CONTENTS_TAG)
     if typed_bytes > MAX_TYPED_BYTES:
         raise InvalidRequest(
             f"cannot take {typed_bytes} bytes of typed contents: the limit is {MAX_TYPED_BYTES}, use raw_input_contents"
@@ -100,7 +100,7 @@ def _split_raw(body: bytes) -> tuple[bytes, list[Buffer]]:
     return b"".join(head), raw
 
 
-def _fields(body: bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def field_spans(body: Buffer, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Tag, start, start of the value and end of each field of the message in ``body[position:end]``."""
     for _ in range(MAX_FIELDS + 1):
         if position == end:
@@ -126,7 +126,7 @@ def _fields(body: bytes, position: int, end: int) -> Iterator[tuple[int, int, in
     raise InvalidRequest(f"cannot take the request: it has more than {MAX_FIELDS} fields")
 
 
-def _read_varint(body: bytes, position: int, end: int) -> tuple[int, int]:
+def _read_varint(body: Buffer, position: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if position >= end:

@@ -65,6 +65,10 @@ def _model_statistics(status: ModelStatus, statistics: ModelStatistics) -> dict[
         "inference_count": statistics.inference_count,
         "execution_count": statistics.execution_count,
         "inference_stats": inference | {"cache_hit": _duration(Duration()), "cache_miss": _duration(Duration())},
+        # beside Triton's: the stages at the edge, which it has no words for
+        "stage_stats": {
+            stage: _duration(getattr(statistics, stage)) for stage in ("decode", "tokenise", "postprocess")
+        },
         "batch_stats": [_batch(rows, statistics.batches[rows]) for rows in sorted(statistics.batches)],
     }
 

@@ -1,30 +1,52 @@
 """The only two tables from error kinds to transport status codes."""
 
+from enum import IntEnum
 from typing import Final
-
-import grpc
 
 from appliance.errors import ApplianceError
 
-GRPC_STATUS: Final[dict[str, grpc.StatusCode]] = {
-    "internal": grpc.StatusCode.INTERNAL,
-    "invalid-request": grpc.StatusCode.INVALID_ARGUMENT,
-    "model-not-found": grpc.StatusCode.NOT_FOUND,
-    "model-not-ready": grpc.StatusCode.UNAVAILABLE,
-    "overloaded": grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "deadline-exceeded": grpc.StatusCode.DEADLINE_EXCEEDED,
-    "permission-denied": grpc.StatusCode.PERMISSION_DENIED,
-    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
-    "conflict": grpc.StatusCode.ABORTED,
-    "invalid-manifest": grpc.StatusCode.FAILED_PRECONDITION,
-    "no-placement": grpc.StatusCode.FAILED_PRECONDITION,
-    "artifact-corrupt": grpc.StatusCode.DATA_LOSS,
-    "backend-error": grpc.StatusCode.INTERNAL,
-    "worker-lost": grpc.StatusCode.UNAVAILABLE,
-    "device-lost": grpc.StatusCode.UNAVAILABLE,
-    "shutting-down": grpc.StatusCode.UNAVAILABLE,
-    "cancelled": grpc.StatusCode.CANCELLED,
-    "unimplemented": grpc.StatusCode.UNIMPLEMENTED,
+
+class GrpcStatus(IntEnum):
+    """Status codes of gRPC (grpc/grpc doc/statuscodes.md)."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+GRPC_STATUS: Final[dict[str, GrpcStatus]] = {
+    "internal": GrpcStatus.INTERNAL,
+    "invalid-request": GrpcStatus.INVALID_ARGUMENT,
+    "model-not-found": GrpcStatus.NOT_FOUND,
+    "model-not-ready": GrpcStatus.UNAVAILABLE,
+    "overloaded": GrpcStatus.RESOURCE_EXHAUSTED,
+    "deadline-exceeded": GrpcStatus.DEADLINE_EXCEEDED,
+    "permission-denied": GrpcStatus.PERMISSION_DENIED,
+    "unauthenticated": GrpcStatus.UNAUTHENTICATED,
+    "conflict": GrpcStatus.ABORTED,
+    "invalid-manifest": GrpcStatus.FAILED_PRECONDITION,
+    "no-placement": GrpcStatus.FAILED_PRECONDITION,
+    "artifact-corrupt": GrpcStatus.DATA_LOSS,
+    "backend-error": GrpcStatus.INTERNAL,
+    "worker-lost": GrpcStatus.UNAVAILABLE,
+    "device-lost": GrpcStatus.UNAVAILABLE,
+    "shutting-down": GrpcStatus.UNAVAILABLE,
+    "cancelled": GrpcStatus.CANCELLED,
+    "unimplemented": GrpcStatus.UNIMPLEMENTED,
 }
 
 HTTP_STATUS: Final[dict[str, int]] = {
@@ -49,7 +71,7 @@ HTTP_STATUS: Final[dict[str, int]] = {
 }
 
 
-def grpc_status(error: ApplianceError) -> grpc.StatusCode:
+def grpc_status(error: ApplianceError) -> GrpcStatus:
     """GRPC status of an error."""
     return GRPC_STATUS[error.kind]
 

@@ -72,6 +72,7 @@ class Loop:
                 run(self._model, link, batch)
             else:
                 self._queue.put(batch)
+            del plan, batch  # until the next packet they would keep memory mapped that the front-end has given back
 
     def _control(self, kind: int, length: int) -> None:
         packet = self._link.buffer[:length]
@@ -142,6 +143,7 @@ class Loop:
                     run(self._model, self._link, item)
                 else:
                     self._link.send(item)
+                del item
         except OSError:
             os._exit(0)  # the front-end is gone
         except BaseException:

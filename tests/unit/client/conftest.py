@@ -38,16 +38,25 @@ class Session:
     peer: "Peer"
     socket: socket.socket
     regions: dict[int, mmap.mmap] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    outstanding: set[int] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=threading.RLock)
     buffer: bytes = b""
     descriptors: list[int] = field(default_factory=list)
 
     def send(self, kind: Frame, identifier: int = 0, body: bytes = b"", head: int = 0, flags: int = 0) -> None:
         with self.lock:
+            if kind in (Frame.RESULT, Frame.ERROR) and not flags & native.FLAG_MORE:
+                self.outstanding.discard(identifier)
             self.socket.sendall(native.HEADER.pack(len(body), kind, flags, 0, identifier, head, 0) + body)
 
     def error(self, identifier: int, kind: str, message: str = "cannot: because", is_retryable: bool = False) -> None:
         self.send(Frame.ERROR, identifier, native.pack_error(kind, message, is_retryable))
+
+    def withdraw(self, identifier: int) -> None:
+        """Answer CANCEL as the daemon does: not at all where the final answer is on its way."""
+        with self.lock:
+            if identifier in self.outstanding:
+                self.error(identifier, "cancelled")
 
     def result(
         self, identifier: int, outputs: list[tuple[str, str, list[int], bytes]], flags: int = 0, timings=range(1, 8)
@@ -98,6 +107,7 @@ class Session:
             limits = (peer.max_frame_bytes, peer.max_requests_in_flight, peer.max_regions, 1, peer.max_region_bytes)
             self.send(Frame.WELCOME, 0, native.WELCOME.pack(native.MAGIC, native.VERSION, 0, *limits) + b"9.9")
         elif kind is Frame.INFER:
+            self.outstanding.add(identifier)
             request = self.request(identifier, body, head, timeout_us)
             peer.models.get(request.message.model_name, Session.echo)(self, request)
         elif kind is Frame.REGION:
@@ -170,9 +180,7 @@ class Peer:
         self.region_error: tuple[str, str, bool] | None = None
         self.models: dict[str, Callable[[Session, PeerRequest], None]] = {}
         self.methods: dict[str, Callable[[Session, int, bytes], None]] = {}
-        self.on_cancel: Callable[[Session, int], None] = lambda session, identifier: session.error(
-            identifier, "cancelled"
-        )
+        self.on_cancel: Callable[[Session, int], None] = Session.withdraw
         self.script: Callable[[socket.socket], None] | None = None
         self.frames: list[tuple[Frame, int, bytes]] = []
         self.sessions: list[Session] = []

@@ -117,8 +117,20 @@ def test_a_stream_gives_errors_in_place_where_it_is_asked_to(peer, stream):
     assert [type(each) for each in got] == [int, ModelNotFound, InvalidRequest, ModelNotFound, int]
 
 
+def only_the_first(size):
+    """A model that has `size` requests before it answers the first of them, and no other."""
+    held = []
+
+    def respond(session, request):
+        held.append(request)
+        if len(held) == size:
+            session.echo(held[0])
+
+    return respond
+
+
 def test_a_stream_left_early_withdraws_what_is_in_flight(peer):
-    peer.models["m"] = lambda session, request: session.echo(request) if request.contents[0][0] == 0 else None
+    peer.models["m"] = only_the_first(3)
     with Client(peer.path) as client:
         for _ in client.stream("m", map(value, range(5)), max_in_flight=3):
             break
@@ -129,7 +141,7 @@ def test_a_stream_left_early_withdraws_what_is_in_flight(peer):
 
 
 def test_a_concurrent_stream_left_early_withdraws_what_is_in_flight(peer):
-    peer.models["m"] = lambda session, request: session.echo(request) if request.contents[0][0] == 0 else None
+    peer.models["m"] = only_the_first(3)
 
     async def run():
         async with AsyncClient(peer.path) as client:

@@ -48,7 +48,7 @@ class Application(Protocol):
         ...
 
     def received(self, stream: Stream, content: Buffer) -> None:
-        """Content came; ``stream.is_received`` tells whether it was the last. Not called once the stream is answered."""
+        """Content came; ``stream.is_received`` tells whether it was the last."""
         ...
 
     def withdrawn(self, stream: Stream) -> None:
@@ -518,17 +518,13 @@ class Connection(asyncio.Protocol):
             self._remember_cut(stream.id)
             self.outflow.out.append(frames.rst_stream(stream.id, Code.NO_ERROR))
 
-    def reset(self, stream: Stream, code: Code) -> None:
-        """End a stream at once, whatever was answered so far."""
-        if stream.is_open:
-            self._forget(stream)
-            if not stream.is_received:
-                self._remember_cut(stream.id)
-            self.outflow.out.append(frames.rst_stream(stream.id, code))
-
     def _break(self, stream: Stream, code: Code) -> None:
+        """End a stream on which the client broke a rule."""
         self._count_reset()
-        self.reset(stream, code)
+        self._forget(stream)
+        if not stream.is_received:
+            self._remember_cut(stream.id)
+        self.outflow.out.append(frames.rst_stream(stream.id, code))
         self._application.withdrawn(stream)
 
     def _remember_cut(self, number: int) -> None:
@@ -577,7 +573,7 @@ class Connection(asyncio.Protocol):
         self.close()
 
     def sweep(self, now: float, header_seconds: float) -> None:
-        """A regular look: close what has owed a handshake, a frame or a header block, or left its answers unread, for too long."""
+        """A regular look: close where a handshake, frame or block is owed, or answers lie unread, for too long."""
         self._pings = self._settings = self._empty = self._resets = 0
         if self._waiting_since is not None and self.outflow.is_stuck and not self._is_over:
             self._waiting_since = now  # it is the server that does not read

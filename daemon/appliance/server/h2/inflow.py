@@ -5,8 +5,7 @@ from typing import Final
 
 from appliance.server.h2.stream import Stream
 
-#: What a stream may send before anything is known about its message. With as many streams as a connection may have, this
-#: bounds what unfinished messages hold.
+#: What a stream may send before anything is known about its message.
 FIRST_WINDOW: Final = 262144
 
 

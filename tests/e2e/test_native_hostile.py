@@ -1,0 +1,640 @@
+"""Clients that are slow, silent, gone or out to do harm: they lose their connection, and nobody else notices."""
+
+import asyncio
+import contextlib
+import http.client
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import pytest
+from appliance.config import LimitsSection
+from appliance.errors import ModelNotFound
+from appliance.server.budget import BodyBudget
+from appliance.server.native_connection import NativeConnection
+from appliance.types import Peer, Role
+from appliance.wire import native
+from appliance.wire.native import Frame
+from appliance.wire.open_inference_pb2 import ModelInferRequest
+from appliance_client import Client
+from support.daemon import FAKE_BACKEND, open_descriptors, resident_bytes, start_daemon, wait_until
+from support.errors import check_message
+from support.models import Gate, write_fake
+from support.native import HELLO, Native, frame, infer_frame, request
+
+MIB = 1 << 20
+WAIT = 116.0  # the fake backend's MAGIC for `wait`
+ECHO = request("echo", ("x", "FP32", (1, 16)))
+LIMITS = {
+    "header_seconds": 1.0,
+    "max_unsent_bytes": 4 * MIB,
+    "max_request_bytes": 8 * MIB,
+    "max_connections_per_uid": 400,
+}
+
+
+def row(value: float) -> bytes:
+    return struct.pack("<16f", *[value] * 16)
+
+
+class Daemon:
+    def __init__(self, running, gate: Gate) -> None:
+        self.running = running
+        self.gate = gate
+
+    def native(self, hello: bool = True) -> Native:
+        return Native(self.running.infer_socket, hello)
+
+    def model(self, name: str = "echo") -> dict:
+        return self.running.model(name)
+
+    def answers(self) -> bool:
+        """True where a request of somebody else's is answered."""
+        with self.native() as client:
+            return client.infer(1, ECHO, row(7)).tail == row(7)
+
+    def executions(self, name: str = "echo") -> int:
+        (entry,) = self.running.get(f"/v2/models/{name}/stats")["model_stats"]
+        return entry["execution_count"]
+
+    def fill(self, client: Native, number: int, name: str = "echo") -> None:
+        """Send two requests that occupy both of a worker's places until the gate opens."""
+        for count in (1, 2):
+            client.send(infer_frame(number + count - 1, request(name, ("x", "FP32", (1, 16))), row(WAIT)))
+            wait_until(lambda: self.model(name)["running"] == count, f"{count} requests run")  # noqa: B023
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    models = tmp_path_factory.mktemp("models")
+    gate = Gate(tmp_path_factory.mktemp("gate") / "open")
+    gate.open()
+    write_fake(models / "echo", run_gate=str(gate))
+    write_fake(models / "small", batch={"max_queue_size": 3, "max_queue_bytes": 150}, run_gate=str(gate))
+    write_fake(models / "hasty", batch={"default_timeout_ms": 300}, run_gate=str(gate))
+    wide = [-1, 65536]
+    write_fake(models / "large", inputs=[["x", "FP32", wide]], outputs=[["y", "FP32", wide]])
+    with start_daemon(tmp_path_factory.mktemp("run"), models, environment=FAKE_BACKEND, limits=LIMITS) as running:
+        yield Daemon(running, gate)
+
+
+@pytest.fixture(autouse=True)
+def open_gate(served):
+    yield
+    served.gate.open()
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """True once the other end has closed, whatever it said before."""
+    sock.settimeout(0)
+    try:
+        return not sock.recv(65536)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+# ---------------------------------------------------------------- slow
+
+
+def test_two_hundred_trickling_clients_are_closed_and_the_others_are_served(served):
+    """Slow loris on every socket: nothing, half a greeting, half a frame, a byte now and then."""
+    before = open_descriptors(served.running.pid)
+    half = infer_frame(1, ECHO, row(1))
+    beginnings = [
+        (served.running.infer_socket, b""),
+        (served.running.infer_socket, HELLO[:5]),
+        (served.running.infer_socket, HELLO[:30]),
+        (served.running.infer_socket, HELLO + half[:1]),
+        (served.running.infer_socket, HELLO + half + half[:30]),
+        (served.running.infer_socket, HELLO + frame(Frame.INFER, 1, bytes(100), head=10, length=5 * MIB)),
+        (served.running.http_socket, b"GET /v2 HTTP/1.1\r\nhost: loc"),
+        (served.running.http_socket, b"POST /v2/models/echo/infer HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n"),
+    ]
+    loris: list[socket.socket] = []
+    answered = 0
+    for number in range(200):
+        path, beginning = beginnings[number % len(beginnings)]
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(path)
+        sock.sendall(beginning)
+        loris.append(sock)
+    end = time.monotonic() + 30
+    while loris and time.monotonic() < end:
+        answered += served.answers()
+        for sock in tuple(loris):
+            with contextlib.suppress(OSError):
+                sock.settimeout(0)
+                sock.send(b"\0")
+            if is_closed(sock):
+                sock.close()
+                loris.remove(sock)
+    assert not loris
+    assert answered > 3
+    wait_until(lambda: open_descriptors(served.running.pid) <= before, "their descriptors are closed")
+
+
+def test_a_client_that_always_has_half_a_frame_on_the_way_is_no_trickling_client(served):
+    """Requests that never end at a read's end for longer than header_seconds."""
+    stop = time.monotonic() + 2.5 * LIMITS["header_seconds"]
+    frames = b"".join(infer_frame(number, ECHO, row(number)) for number in range(1, 9))
+    with served.native() as client:
+        client.send(frames[:50])
+        while time.monotonic() < stop:
+            client.send(frames[50:] + frames[:50])
+            assert sorted(client.read().id for _ in range(8)) == list(range(1, 9))
+
+
+def test_an_idle_client_may_stay(served):
+    with served.native() as idle, served.native() as other:
+        end = time.monotonic() + 1.5 * LIMITS["header_seconds"]
+        number = 1
+        while time.monotonic() < end:
+            number += 1
+            assert other.infer(number, ECHO, row(1)).tail == row(1)
+        assert idle.infer(1, ECHO, row(2)).tail == row(2)
+
+
+def test_what_a_header_promises_costs_nothing(served):
+    """A hundred clients announce eight megabytes each and send none."""
+    before = resident_bytes(served.running.pid)
+    clients = [served.native() for _ in range(100)]
+    for client in clients:
+        client.send(frame(Frame.INFER, 1, bytes(24), head=10, length=8 * MIB))
+    assert served.answers()
+    assert resident_bytes(served.running.pid) - before < 32 * MIB
+    for client in clients:
+        client.close()
+
+
+def test_large_frames_share_a_budget_and_what_exceeds_it_is_refused_in_order(served):
+    """Eight clients send seven megabytes each at the same time; the daemon holds 32."""
+    content = bytes(7 * MIB)
+    begun = frame(Frame.INFER, 1, content, head=10)
+    clients = [served.native() for _ in range(8)]
+    for client in clients:
+        client.socket.settimeout(10)
+        client.send(begun[: -MIB])
+    for client in clients:
+        client.send(begun[-MIB:])
+    kinds = [client.read().error[0] for client in clients]
+    assert set(kinds) == {"overloaded", "invalid-request"}
+    assert kinds.count("invalid-request") >= 4
+    for client in clients:
+        assert client.infer(2, ECHO, row(3)).tail == row(3)
+        client.close()
+    with served.native() as client:  # the budget is whole again
+        assert client.infer(1, ECHO, content).error[0] == "invalid-request"
+
+
+def test_a_client_that_reads_nothing_gets_errors_and_then_is_closed(served):
+    """Answers pile up to a bound; the worker is not held up, and memory does not grow without end."""
+    message = request("large", ("x", "FP32", (8, 65536)))
+    content = bytes(2 * MIB)
+    before = resident_bytes(served.running.pid)
+    with served.native() as client:
+        sent = 0
+        client.socket.settimeout(0.5)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            for number in range(1, 200):
+                client.send(infer_frame(number, message, content))
+                sent += 1
+        assert sent < 100, "the daemon stopped reading"
+        assert served.answers()
+        assert resident_bytes(served.running.pid) - before < 80 * MIB
+        client.socket.settimeout(30)
+        wait_until(lambda: served.model("large")["running"] == 0, "its requests are over")
+        wait_until(lambda: open_count(served) == 0, "it is closed")
+    assert served.answers()
+
+
+def open_count(served: Daemon) -> int:
+    """Connections the daemon has on its native socket."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    connected = [line for line in lines if line.endswith(served.running.infer_socket) and line.split()[5] == "03"]
+    return len(connected)
+
+
+def test_a_client_that_reads_slowly_gets_every_answer(served):
+    """Answers many times larger than what may lie unread, read at the reader's leisure."""
+    message = request("large", ("x", "FP32", (8, 65536)))
+    with served.native() as client:
+        writer = threading.Thread(
+            target=lambda: [client.send(infer_frame(n, message, bytes([n]) * (2 * MIB))) for n in range(1, 13)]
+        )
+        writer.start()
+        got = {}
+        for _ in range(12):
+            wait_until(lambda: served.model("large")["running"] == 0 or True, "")
+            answer = client.read()
+            got[answer.id] = answer.tail if answer.kind == Frame.RESULT else answer.error[0]
+        writer.join()
+    assert set(got) == set(range(1, 13))
+    assert all(content in (bytes([n]) * (2 * MIB), "overloaded") for n, content in got.items())
+    assert sum(content != "overloaded" for content in got.values()) >= 2
+
+
+def test_an_answer_larger_than_what_may_lie_unread_arrives_whole(served):
+    message = request("large", ("x", "FP32", (31, 65536)))
+    content = os.urandom(1 << 16) * (31 * 4)
+    with served.native() as client:
+        assert client.infer(1, message, content[: 31 * 65536 * 4]).tail == content[: 31 * 65536 * 4]
+
+
+# ---------------------------------------------------------------- gone
+
+
+def infer_over_grpc(served: Daemon, value: float):
+    channel = grpc.insecure_channel(f"unix:{served.running.grpc_socket}")
+    call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    message = ModelInferRequest.FromString(ECHO.SerializeToString())
+    message.raw_input_contents.append(row(value))
+    pending = call.future(message.SerializeToString())
+    return lambda: (pending.cancel(), channel.close())
+
+
+def infer_over_http(served: Daemon, value: float):
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(served.running.http_socket)
+    body = '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [%s]}]}'
+    connection.request("POST", "/v2/models/echo/infer", body % ", ".join([str(value)] * 16))
+    return connection.close
+
+
+def infer_over_native(served: Daemon, value: float):
+    client = served.native()
+    client.send(infer_frame(1, ECHO, row(value)))
+    return client.close
+
+
+@pytest.mark.parametrize("ask", [infer_over_native, infer_over_grpc, infer_over_http])
+def test_who_disconnects_withdraws_what_waits_and_what_runs(served, ask):
+    served.gate.shut()
+    with served.native() as client:
+        leave_running = ask(served, WAIT)
+        wait_until(lambda: served.model()["running"] == 1, "a request runs")
+        client.send(infer_frame(1, ECHO, row(WAIT)))
+        wait_until(lambda: served.model()["running"] == 2, "another stands behind it")
+        leave_waiting = ask(served, 1)
+        wait_until(lambda: served.model()["queued"] == 1, "a third waits")
+        before = served.executions()
+        leave_waiting()
+        wait_until(lambda: served.model()["queued"] == 0, "the third is withdrawn")
+        leave_running()
+        served.gate.open()
+        assert client.read().tail == row(WAIT)
+    wait_until(lambda: served.model()["running"] == 0, "nothing runs")
+    assert served.executions() == before + 2
+    assert served.answers()
+
+
+def test_cancelling_at_every_stage(served):
+    """Withdrawn before it runs, while it runs and after its answer; each has exactly one final answer."""
+    served.gate.shut()
+    with served.native() as client:
+        served.fill(client, 1)
+        client.send(b"".join(infer_frame(number, ECHO, row(number)) for number in (3, 4, 5)))
+        wait_until(lambda: served.model()["queued"] == 3, "three wait")
+        before = served.executions()
+        client.send(frame(Frame.CANCEL, 4) + frame(Frame.CANCEL, 2) + frame(Frame.CANCEL, 4) + frame(Frame.CANCEL, 99))
+        assert [(answer.id, answer.error[0]) for answer in (client.read(), client.read())] == [
+            (4, "cancelled"),
+            (2, "cancelled"),
+        ]
+        assert served.model()["queued"] == 2
+        served.gate.open()
+        answers = {answer.id: answer.tail for answer in (client.read() for _ in range(3))}
+        assert answers == {1: row(WAIT), 3: row(3), 5: row(5)}
+        client.send(frame(Frame.CANCEL, 3))
+        assert client.infer(3, ECHO, row(8)).tail == row(8)
+    wait_until(lambda: served.model()["running"] == 0, "nothing runs")
+    assert served.executions() == before + 4  # two that waited for the gate, the batch of 3 and 5, and the last
+
+
+def test_ten_thousand_withdrawn_and_late_requests_leave_nothing(served):
+    """In flight, in the queue, in memory: everything is back where it was."""
+    served.gate.shut()
+    with served.native() as client:
+        served.fill(client, 1)
+        tail = row(1)
+
+        def burst(first: int) -> None:
+            frames = []
+            for number in range(first, first + 500):
+                if number % 2:
+                    frames += [infer_frame(number, ECHO, tail), frame(Frame.CANCEL, number)]
+                else:
+                    frames.append(infer_frame(number, ECHO, tail, timeout_us=1 + number % 2000))
+            client.send(b"".join(frames))
+            kinds = {client.read().error[0] for _ in range(500)}
+            assert kinds <= {"cancelled", "deadline-exceeded"}
+
+        for first in range(1000, 3000, 500):
+            burst(first)
+        before = resident_bytes(served.running.pid)
+        for first in range(10_000, 20_000, 500):
+            burst(first)
+        status = served.model()
+        assert (status["queued"], status["running"]) == (0, 2)
+        assert resident_bytes(served.running.pid) - before < 4 * MIB
+        executions = served.executions()
+        served.gate.open()
+        assert {client.read().id for _ in range(2)} == {1, 2}
+        assert client.infer(3, ECHO, row(2)).tail == row(2)
+        assert served.executions() == executions + 3
+
+
+def test_an_id_may_be_used_again_after_its_final_answer_only(served):
+    served.gate.shut()
+    with served.native() as client:
+        client.send(infer_frame(1, ECHO, row(WAIT)) * 2)
+        served.gate.open()
+        last = client.read_to_end()[-1]
+        assert (last.id, last.error[0]) == (0, "invalid-request")
+        check_message(last.error[1])
+    with served.native() as client:
+        client.send(frame(Frame.CALL, 1, b"\x13RepositoryModelLoad\x12\x04echo") + infer_frame(1, ECHO, row(1)))
+        assert client.read_to_end()[-1].error[0] == "invalid-request"
+
+
+def test_a_failure_of_a_withdrawn_text_is_not_told_to_the_next_request_of_that_id(daemon):
+    """A text that is refused while it is tokenised, withdrawn just before, its id used again at once."""
+    bad = infer_frame(5, request("language-id", ("text", "BYTES", (1, 1))), b"\2\0\0\0\xff\xff")
+    good = infer_frame(5, request("identity", ("x", "FP32", (1, 16))), row(3))
+    with Native(daemon.infer_socket) as client:
+        for _ in range(100):
+            client.send(bad + frame(Frame.CANCEL, 5) + good)
+            answers = [client.read(), client.read()]
+            assert answers[0].kind == Frame.ERROR
+            assert answers[0].error[0] in ("cancelled", "invalid-request")
+            assert answers[1].tail == row(3)
+            client.send(bad)
+            client.send(frame(Frame.CANCEL, 5))
+            assert client.read().error[0] in ("cancelled", "invalid-request")
+
+
+# ---------------------------------------------------------------- too much
+
+
+def test_a_full_queue_refuses_at_once_by_count_and_by_bytes(served):
+    served.gate.shut()
+    message = request("small", ("x", "FP32", (1, 16)))
+    with served.native() as client:
+        served.fill(client, 1, "small")
+        client.send(b"".join(infer_frame(number, message, row(1)) for number in range(3, 7)))
+        refused = [client.read(), client.read()]
+        assert [(answer.id, answer.error[0]) for answer in refused] == [(5, "overloaded"), (6, "overloaded")]
+        for answer in refused:
+            check_message(answer.error[1])
+        assert "max_queue_bytes" in refused[0].error[1]
+        client.send(frame(Frame.CANCEL, 3))
+        assert client.read().id == 3
+        client.send(infer_frame(7, message, row(7)))
+        served.gate.open()
+        assert {client.read().id for _ in range(4)} == {1, 2, 4, 7}
+
+
+def test_a_deadline_is_kept_while_every_place_is_taken(served):
+    """Answered in time, not run; and the model's own limit may be shortened, not lengthened."""
+    served.gate.shut()
+    with served.native() as client:
+        served.fill(client, 1)
+        before = served.executions()
+        assert client.infer(3, ECHO, row(1), timeout_us=20_000).error[0] == "deadline-exceeded"
+        served.gate.open()
+        assert {client.read().id for _ in range(2)} == {1, 2}
+        assert client.infer(4, ECHO, row(1)).tail == row(1)
+        assert served.executions() == before + 3
+        served.gate.shut()
+        hasty = request("hasty", ("x", "FP32", (1, 16)))
+        for number, timeout_us in ((5, 0), (6, 40_000_000), (7, 1000)):
+            kind, message = client.infer(number, hasty, row(WAIT), timeout_us).error
+            assert kind == "deadline-exceeded"
+            check_message(message)
+
+
+def test_a_connection_has_so_many_requests_in_flight(served):
+    served.gate.shut()
+    with served.native() as client:
+        client.send(b"".join(infer_frame(number, ECHO, row(WAIT)) for number in range(1, 1026)))
+        refused = client.read()
+        assert (refused.id, refused.error[0]) == (1025, "overloaded")
+        check_message(refused.error[1])
+        served.gate.open()
+        assert {client.read().id for _ in range(1024)} == set(range(1, 1025))
+
+
+@pytest.mark.parametrize("extra", [1, 2**32 - 1 - 8 * MIB])
+def test_a_frame_over_the_limit_ends_the_connection_and_takes_no_memory(served, extra):
+    before = resident_bytes(served.running.pid)
+    with served.native() as client:
+        client.send(frame(Frame.INFER, 17, bytes(65536), head=10, length=8 * MIB + extra))
+        (answer,) = client.read_to_end()
+        assert (answer.id, answer.error[0]) == (17, "overloaded")
+        check_message(answer.error[1])
+    assert resident_bytes(served.running.pid) - before < 8 * MIB
+
+
+def test_a_message_over_the_limit_is_refused_by_every_transport(served):
+    before = resident_bytes(served.running.pid)
+    channel = grpc.insecure_channel(
+        f"unix:{served.running.grpc_socket}", [("grpc.max_send_message_length", -1)]
+    )
+    with pytest.raises(grpc.RpcError) as refusal:
+        channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(bytes(9 * MIB))
+    assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    channel.close()
+    status, _, _ = served.running.http("POST", "/v2/models/echo/infer", bytes(9 * MIB))
+    assert status == 429
+    assert served.answers()
+    assert resident_bytes(served.running.pid) - before < 2 * 8 * MIB
+
+
+def test_a_user_has_so_many_connections_and_the_one_more_is_told(served):
+    clients = []
+    try:
+        with pytest.raises(EOFError):
+            for _ in range(500):
+                clients.append(served.native())
+        assert len(clients) == 400 - 0
+    except AssertionError:
+        assert len(clients) == 400
+    finally:
+        for client in clients:
+            client.close()
+    wait_until(served.answers, "there is room again")
+
+
+# ---------------------------------------------------------------- nonsense
+
+TLS_HELLO = bytes.fromhex("160301020001000001fc0303") + bytes(500)
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")
+NONSENSE = {
+    "an HTTP request": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "the beginning of HTTP/2": HTTP2_PREFACE,
+    "a TLS hello": TLS_HELLO,
+    "zeros": bytes(100_000),
+    "ones": b"\xff" * 100_000,
+    "a greeting of another protocol": HELLO.replace(b"IAP1", b"IAP2"),
+    "a greeting of another version": HELLO[:28] + b"\x63\0\0\0",
+    "a greeting too short": frame(Frame.HELLO, body=b"IAP1"),
+    "a greeting of four megabytes": frame(Frame.HELLO, body=b"IAP1\1\0\0\0" + bytes(4 * MIB)),
+    "a request before the greeting": infer_frame(1, ECHO, bytes(64)),
+    "two greetings": HELLO * 2,
+    "a frame only the daemon sends": HELLO + frame(Frame.RESULT),
+    "a frame of no kind": HELLO + frame(0),
+    "a frame of a kind yet to come": HELLO + frame(255, 1, b"what"),
+    "a head longer than its frame": HELLO + frame(Frame.INFER, 1, b"1234", head=5),
+    "a line of text": b"hello?\n" * 10,
+    "words of an SSH client": b"SSH-2.0-OpenSSH_9.2\r\n" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_nonsense_ends_the_connection_on_every_socket_and_floods_no_log(served, what):
+    logged = len(served.running.log)
+    for path in (served.running.infer_socket, served.running.http_socket, served.running.grpc_socket):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            sock.settimeout(0)
+            with contextlib.suppress(OSError):
+                sock.send(NONSENSE[what])
+            if path != served.running.grpc_socket or "greeting" not in what:
+                wait_until(lambda: is_closed(sock) or b"HTTP/2" in NONSENSE[what], f"{path} is closed")  # noqa: B023
+    with Native(served.running.infer_socket, hello=False) as client:
+        with contextlib.suppress(OSError):
+            client.send(NONSENSE[what])
+        answers = client.read_to_end()
+        assert answers, "the client is told"
+        check_message(answers[-1].error[1])
+    assert served.answers()
+    assert len(served.running.log) - logged < 2000
+
+
+def random_frames(chance: random.Random) -> bytes:
+    """What a fuzzer would send: frames that are almost right, cut and glued at random."""
+    message = ModelInferRequest.FromString(ECHO.SerializeToString())
+    if chance.random() < 0.3:
+        message.model_name = chance.choice(["", "echo\0", "\u0435cho", "x" * 100])
+    if chance.random() < 0.3:
+        message.inputs[0].shape[:] = [chance.choice([-1, 0, 1, 2, 2**62]) for _ in range(chance.randrange(4))]
+    parts = []
+    for _ in range(chance.randrange(1, 12)):
+        kind = chance.choice([1, 2, 2, 2, 3, 4, 5, 6, 6, 16, 17, chance.randrange(256)])
+        body = chance.choice(
+            [b"", bytes(8), message.SerializeToString() + bytes(64), chance.randbytes(chance.randrange(200)),
+             b"\x0aServerLive", b"\x0cModelMetadata\x0a\x04echo"]
+        )  # fmt: skip
+        head = chance.choice([0, len(message.SerializeToString()), len(body), chance.randrange(300)])
+        lies = {"length": chance.randrange(2**32)} if chance.random() < 0.05 else {}
+        parts.append(frame(kind, chance.randrange(6), body, head, chance.choice([0, 0, 1, 10**6]), **lies))
+    content = bytearray(b"".join(parts))
+    for _ in range(chance.choice([0, 0, 1, 5])):
+        content[chance.randrange(len(content))] = chance.randrange(256)
+    return bytes(content)
+
+
+def test_a_thousand_random_conversations_over_the_socket(served):
+    before = resident_bytes(served.running.pid)
+    descriptors = open_descriptors(served.running.pid)
+    logged = len(served.running.log)
+    for seed in range(1000):
+        chance = random.Random(seed)
+        with Native(served.running.infer_socket, hello=False) as client:
+            with contextlib.suppress(OSError):
+                client.send(HELLO * (chance.random() < 0.95) + random_frames(chance))
+                if chance.random() < 0.5:
+                    client.socket.shutdown(socket.SHUT_WR)
+                    for answer in client.read_to_end():
+                        if answer.kind == Frame.ERROR:
+                            check_message(answer.error[1])
+    assert served.answers()
+    wait_until(lambda: open_descriptors(served.running.pid) <= descriptors, "every descriptor is closed")
+    wait_until(lambda: served.model()["queued"] == served.model()["running"] == 0, "nothing is in flight")
+    assert resident_bytes(served.running.pid) - before < 16 * MIB
+    assert "Traceback" not in served.running.log[logged:]
+
+
+class _NoModels:
+    """An engine without models."""
+
+    accepting = True
+
+    def plan(self, name, version, inputs, outputs):
+        raise ModelNotFound(f"cannot find model {name!r}")
+
+    def model_is_ready(self, name, version=""):
+        return False
+
+
+@pytest.mark.parametrize("first", range(0, 600, 100))
+def test_the_parser_survives_random_bytes_in_random_pieces(first):
+    """In process, where an exception that is no refusal would be seen; the frames come in reads of any length."""
+
+    async def converse(seed: int) -> None:
+        chance = random.Random(seed)
+        loop = asyncio.get_running_loop()
+        problems = []
+        loop.set_exception_handler(lambda _, context: problems.append(context))
+        ours, theirs = socket.socketpair(socket.AF_UNIX)
+        with ours, theirs:
+            theirs.setblocking(False)
+            ours.setblocking(False)
+            left = []
+            lobby = SimpleNamespace(
+                engine=_NoModels(),
+                limits=LimitsSection(max_request_bytes=100_000, max_requests_in_flight=4),
+                budget=BodyBudget(150_000),
+                left=left.append,
+            )
+            connection = NativeConnection(lobby, theirs, Peer("native", Role.ADMIN, 0, 0, 0))
+            content = HELLO + random_frames(chance) if chance.random() < 0.9 else chance.randbytes(500)
+            if chance.random() < 0.2:
+                content += frame(Frame.INFER, 9, bytes(90_000), head=chance.randrange(90_001))
+            while content and not left:
+                size = chance.choice([1, 7, 24, 25, 100, 100_000])
+                with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                    sent = ours.send(content[:size])
+                    content = content[sent:]
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                    ours.recv(1 << 20)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            connection.close()
+            assert left == [connection]
+        assert not problems, (seed, problems)
+
+    for seed in range(first, first + 100):
+        asyncio.run(converse(seed))
+
+
+def test_nobody_is_hurt_by_a_pipe_that_breaks(served):
+    """SIGPIPE is ignored, and clients that vanish before their answer break nothing."""
+    ignored = next(line for line in Path(f"/proc/{served.running.pid}/status").read_text().splitlines() if "SigIgn" in line)
+    assert int(ignored.split()[1], 16) >> 12 & 1
+    for _ in range(200):
+        with served.native() as client:
+            client.send(infer_frame(1, ECHO, row(1)) + frame(Frame.CALL, 2, b"\x0aServerLive"))
+    assert served.answers()
+
+
+def test_the_library_is_told_why_there_is_no_room(served):
+    clients = [served.native() for _ in range(400)]
+    try:
+        from appliance_client import Overloaded
+
+        with Client(served.running.infer_socket, timeout=10) as client, pytest.raises(Overloaded):
+            client.infer("echo", {"x": np.ones((1, 16), np.float32)})
+    finally:
+        for each in clients:
+            each.close()
