@@ -132,7 +132,7 @@ class Engine:
         model = self._models.get(name)
         if model is None:
             check_model_name(name)
-            raise ModelNotFound(f"cannot find model {name!r}")
+            raise ModelNotFound(f"cannot find model {name!r}: the repository has none of that name")
         return model
 
     def is_ready(self) -> bool:
@@ -191,7 +191,7 @@ class Engine:
         if not self.accepting:
             raise ShuttingDown("cannot load a model: the daemon is stopping")
         if name not in self._models and not (self._repository / name).is_dir():
-            raise ModelNotFound(f"cannot find model {name!r}")
+            raise ModelNotFound(f"cannot find model {name!r}: the repository has none of that name")
         await self._model_or_new(name).load(self.backends)
 
     async def unload(self, name: str) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import ctypes
 import gc
 import json
 import logging
@@ -17,7 +16,7 @@ from typing import Any
 
 import uvloop
 
-from appliance import __version__
+from appliance import __version__, heap
 from appliance.config import Config, read_config
 from appliance.engine import Engine
 from appliance.errors import ConfigError
@@ -67,13 +66,6 @@ def _say(state: str) -> None:
             notify.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
         except OSError as error:
             _log.warning("cannot notify systemd: %s", error.strerror)
-
-
-def _return_memory() -> None:
-    """Give what start-up freed back to the kernel; the C library would keep it. Does nothing where it is not glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class Daemon:
@@ -155,7 +147,7 @@ class Daemon:
             # What start-up made lives as long as the daemon: collections need not look at it again.
             gc.collect()
             gc.freeze()
-            _return_memory()
+            heap.trim()
         else:
             starting.cancel()
         await stopping
@@ -210,6 +202,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the daemon until SIGTERM or SIGINT. Exit code 1: it could not start; 2: the command line is wrong."""
+    heap.limit_arenas()
     arguments = _arguments(argv)
     try:
         config = read_config(arguments.config, _overrides(arguments))

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from appliance import heap
 from appliance.config import WorkersSection
 from appliance.deadline import Deadlines
 from appliance.errors import (
@@ -284,6 +285,7 @@ class Model:
         self._prepared, self.encoder, self._failure = prepared, prepared.encoder, None
         if replaced is not None:
             self._retire(replaced)
+        heap.trim()  # reading a tokenizer frees megabytes
 
     async def _first_that_loads(self, prepared: _Prepared) -> Instance:
         failures: list[tuple[Placement, ApplianceError]] = []

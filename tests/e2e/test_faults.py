@@ -11,15 +11,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins_fake"))
-
-from fake_backend import MAGIC
-from support.daemon import FAKE_BACKEND, PATIENCE_SECONDS, children, is_alive, open_descriptors, start_daemon, wait_until
-from support.models import Gate, save, write_fake, write_identity
 
 from appliance_client import (
     ApplianceError,
@@ -32,6 +27,17 @@ from appliance_client import (
     NoPlacement,
     WorkerLost,
 )
+from fake_backend import MAGIC
+from support.daemon import (
+    FAKE_BACKEND,
+    PATIENCE_SECONDS,
+    children,
+    is_alive,
+    open_descriptors,
+    start_daemon,
+    wait_until,
+)
+from support.models import Gate, save, write_fake, write_identity
 
 #: What a load that crashed or hung may be told as.
 LOAD_FAILED = (BackendError, WorkerLost, NoPlacement)
@@ -116,7 +122,10 @@ def test_death_of_a_worker_fails_what_it_had_and_nothing_else(faulty, tmp_path, 
     pid = faulty.pid(name)
 
     async def scenario():
-        async with AsyncClient(faulty.running.infer_socket) as client, AsyncClient(faulty.running.infer_socket) as other:
+        async with (
+            AsyncClient(faulty.running.infer_socket) as client,
+            AsyncClient(faulty.running.infer_socket) as other,
+        ):
             flying = [asyncio.ensure_future(settled(client.infer(name, command("wait"))))]
             await until(lambda: faulty.running.model(name)["running"] == 1)
             flying.append(asyncio.ensure_future(settled(client.infer(name, tensor(1)))))
@@ -201,7 +210,9 @@ def test_a_model_whose_worker_was_killed_answers_again(faulty, is_loaded, record
     record_property("recovery_seconds", seconds)
     with capsys.disabled():
         lost = sum(isinstance(error, WorkerLost) for error in errors)
-        print(f"\n[{'under load' if is_loaded else 'idle'}: answers {seconds:.3f} s after kill -9, {lost} requests lost]")
+        print(
+            f"\n[{'under load' if is_loaded else 'idle'}: answers {seconds:.3f} s after kill -9, {lost} requests lost]"
+        )
     assert not is_alive(pid)
 
 

@@ -13,11 +13,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins_fake"))
 
+from appliance_client import ApplianceError, AsyncClient, Client, ConnectionLost, ShuttingDown
 from fake_backend import MAGIC
 from support.daemon import FAKE_BACKEND, is_alive, start_daemon, wait_until
 from support.models import Gate, write_fake, write_identity
-
-from appliance_client import ApplianceError, AsyncClient, Client, ConnectionLost, ShuttingDown
 
 #: Longer than any test waits: a daemon that ends within the test's patience did not wait for its grace.
 FOREVER = 3600
@@ -40,7 +39,7 @@ async def until(condition) -> None:
     await asyncio.to_thread(wait_until, condition, "the condition holds")
 
 
-@pytest.fixture()
+@pytest.fixture
 def launch(tmp_path):
     """Starts daemons with the fake backend in one socket directory; ends whatever is still there."""
     started = []

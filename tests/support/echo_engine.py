@@ -27,7 +27,7 @@ class EchoInstance:
 
 
 class EchoEngine:
-    """Attributes: what was asked (`requests`: model and time limit), and queues of what began and of what was withdrawn.
+    """Notes what was asked (`requests`: model and time limit), what began and what was withdrawn.
 
     The model ``hang`` answers after `release`, ``bug`` raises, one named like an error kind raises that error.
     """

@@ -80,8 +80,12 @@ class Native:
         self.socket.settimeout(PATIENCE_SECONDS)
         self.socket.connect(path)
         if hello:
-            self.socket.sendall(HELLO)
-            assert self.read().kind == Frame.WELCOME
+            try:
+                self.socket.sendall(HELLO)
+                assert self.read().kind == Frame.WELCOME
+            except BaseException:
+                self.socket.close()
+                raise
 
     def __enter__(self):
         return self

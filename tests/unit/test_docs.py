@@ -175,3 +175,12 @@ def test_make_targets_in_the_docs_exist():
         text = path.read_text(encoding="utf-8")
         named = set(re.findall(r"(?:^    |`)(?:PYTHON=\S+ )?make ([a-z]+)", text, re.MULTILINE))
         assert named <= targets, path.name
+
+
+def test_the_readme_states_the_accuracy_of_the_manifests():
+    described = rows(section(page("README.md"), "Sample models"))
+    manifests = [tomllib.loads(path.read_text(encoding="utf-8")) for path in REPOSITORY.glob("models/*/model.toml")]
+    assert set(described) == {manifest["name"] for manifest in manifests}
+    for manifest in manifests:
+        reference = manifest["samples"]["reference"]
+        assert described[manifest["name"]][-1].rstrip(" |") == f"{reference['accuracy']:.4f} of {reference['count']}"

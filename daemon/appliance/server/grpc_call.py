@@ -62,6 +62,8 @@ class GrpcCall:
             CallRefused: The next message is too large, or is none.
             Overloaded: Unfinished messages hold too much.
         """
+        if self.stream.trailers is not None:
+            return  # the call is over, and its answer waits for the client
         self._budget.take(len(content))
         self._held += len(content)
         self._reader.feed(content)

@@ -699,7 +699,9 @@ def test_requests_that_look_alike_are_planned_once_whatever_their_ids_and_conten
     within(run())
 
 
-@pytest.mark.parametrize("tail", [b"\x3a\x02ab", b"\x3a\x04ab", b"\x3a", b"\x3a\xff\xff\xff\xff\xff\xff", b"\x1a\x01z", b"x"])
+@pytest.mark.parametrize(
+    "tail", [b"\x3a\x02ab", b"\x3a\x04ab", b"\x3a", b"\x3a\xff\xff\xff\xff\xff\xff", b"\x1a\x01z", b"x"]
+)
 def test_what_follows_a_known_head_is_still_checked(tmp_path, tail):
     async def run():
         async with serving(tmp_path) as service:

@@ -5,13 +5,16 @@ is handed over as it comes, answers are header blocks and bytes. Nothing awaits.
 """
 
 import asyncio
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 from appliance.server.h2 import frames
-from appliance.server.h2.fields import MAX_BLOCK_BYTES, FieldBlocks, Fields
+from appliance.server.h2.block import BlockGatherer
+from appliance.server.h2.contract import Application, Lobby
+from appliance.server.h2.fields import MAX_BLOCK_BYTES, FieldBlocks
 from appliance.server.h2.frames import Code, ConnectionBroken, StreamBroken
 from appliance.server.h2.inflow import FIRST_WINDOW
 from appliance.server.h2.outflow import Outflow
+from appliance.server.h2.patience import Patience
 from appliance.server.h2.stream import Stream
 from appliance.types import Buffer
 
@@ -21,58 +24,11 @@ _MAX_FRAME: Final = 1 << 20
 _MAX_GATHERED: Final = MAX_BLOCK_BYTES + 256 + 5
 #: What the connection may send. Memory is bounded by the windows of its streams.
 _WINDOW: Final = 1 << 30
-#: CONTINUATION frames of one header block.
-_MAX_CONTINUATIONS: Final = 16
 #: Streams ended before the client had sent everything, whose last frames are still on their way.
 _MAX_CUT: Final = 1024
 
-# Frames between two looks of the sweep that cost us something and bring nothing; beyond, the client is sent away.
-_MAX_PINGS: Final = 64
-_MAX_SETTINGS: Final = 64
-_MAX_EMPTY: Final = 4096
-_MAX_RESETS_PER_STREAM: Final = 2
-
 #: A connection that takes nothing of its answers for this long is closed.
 _STALL_SECONDS: Final = 60.0
-
-
-class Application(Protocol):
-    """What answers the streams of one connection."""
-
-    def interpret(self, fields: Fields) -> Any:
-        """What a request's fields mean; the result may be used for later requests too. None if they are malformed."""
-        ...
-
-    def opened(self, stream: Stream) -> None:
-        """A request began; where ``stream.is_received``, it has no content."""
-        ...
-
-    def received(self, stream: Stream, content: Buffer) -> None:
-        """Content came; ``stream.is_received`` tells whether it was the last."""
-        ...
-
-    def withdrawn(self, stream: Stream) -> None:
-        """The client gave the stream up, or broke a rule on it; it is closed."""
-        ...
-
-    def lost(self) -> None:
-        """The connection is gone, and all its streams with it."""
-        ...
-
-
-class Lobby(Protocol):
-    """What a connection needs of the server that accepted it."""
-
-    max_streams: int
-    max_unsent_bytes: int
-
-    def admit(self, connection: "Connection", transport: asyncio.Transport) -> Application | None:
-        """Who answers on a new connection; None closes it."""
-        ...
-
-    def left(self, connection: "Connection") -> None:
-        """A connection that was admitted is gone."""
-        ...
 
 
 class Connection(asyncio.Protocol):
@@ -100,18 +56,14 @@ class Connection(asyncio.Protocol):
         self._left_stream: Stream | None = None
         self._left_padding = 0
         self._left_ends = False
-        # the header block that is being gathered
-        self._block = bytearray()
-        self._block_stream = 0
-        self._block_ends = False
-        self._continuations = 0
+        self._gatherer = BlockGatherer()
         self.streams: dict[int, Stream] = {}
         self._cut: dict[int, None] = {}
         self._last_stream = 0
         self._goaway_after = frames.MAX_STREAM_ID
         self._window = frames.DEFAULT_WINDOW
         self._waiting_since: float | None = self._loop.time()
-        self._pings = self._settings = self._empty = self._resets = 0
+        self._patience = Patience(lobby.max_streams)
 
     # ---------------------------------------------------------------- asyncio's side
 
@@ -207,7 +159,7 @@ class Connection(asyncio.Protocol):
             stop = start + length
             if length > _MAX_FRAME:
                 raise ConnectionBroken(Code.FRAME_SIZE_ERROR, "a frame is larger than SETTINGS_MAX_FRAME_SIZE")
-            if self._block_stream and kind != frames.CONTINUATION:
+            if self._gatherer.stream and kind != frames.CONTINUATION:
                 raise ConnectionBroken(Code.PROTOCOL_ERROR, "a header block is interrupted")
             if not self._is_set_up and (kind != frames.SETTINGS or flags & frames.ACK):
                 raise ConnectionBroken(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
@@ -222,11 +174,11 @@ class Connection(asyncio.Protocol):
                     self._application.received(stream, data[start:stop])
             elif kind > frames.CONTINUATION:
                 if stop > end:
-                    self._count_empty()
+                    self._patience.nothing()
                     self._read_later(None, length, 0, 0)
                     self._read_rest(data[start:])
                     return
-                self._count_empty()
+                self._patience.nothing()
             elif kind == frames.DATA:
                 if end == start and length:
                     break
@@ -235,7 +187,7 @@ class Connection(asyncio.Protocol):
                     raise ConnectionBroken(Code.PROTOCOL_ERROR, "a frame is padded beyond its length")
                 stream = self._charge(number, length, flags)
                 self._read_later(stream, length - 1, padding, flags)
-                if self._read_rest(data[start + 1 :]) < length - 1:
+                if self._read_rest(data[start + 1 : stop]) < length - 1:
                     return
             elif stop > end:
                 if length > _MAX_GATHERED:
@@ -248,9 +200,9 @@ class Connection(asyncio.Protocol):
             position = stop
         if position < end:
             self._partial = data[position:]
-            if self._waiting_since is None or (position and not self._block_stream):
+            if self._waiting_since is None or (position and not self._gatherer.stream):
                 self._waiting_since = self._loop.time()
-        elif self._is_set_up and not self._block_stream and not self._left:
+        elif self._is_set_up and not self._gatherer.stream and not self._left:
             self._waiting_since = None
 
     def _read_later(self, stream: Stream | None, left: int, padding: int, flags: int) -> None:
@@ -294,7 +246,7 @@ class Connection(asyncio.Protocol):
             self.outflow.out.append(frames.window_update(0, _WINDOW - self._window))
             self._window = _WINDOW
         if not length and not flags & frames.END_STREAM:
-            self._count_empty()
+            self._patience.nothing()
         stream = self.streams.get(number)
         if stream is None:
             self._check_known(number)
@@ -317,24 +269,21 @@ class Connection(asyncio.Protocol):
         if number not in self._cut and number <= self._goaway_after:
             raise ConnectionBroken(Code.STREAM_CLOSED, "a frame for a closed stream")
 
-    def _count_empty(self) -> None:
-        self._empty += 1
-        if self._empty > _MAX_EMPTY:
-            raise ConnectionBroken(Code.ENHANCE_YOUR_CALM, "too_many_empty_frames")
-
     def _read_control(self, kind: int, flags: int, number: int, payload: bytes) -> None:
         """Every frame but DATA."""
         if kind == frames.HEADERS:
-            self._read_headers(flags, number, payload)
+            block = self._gatherer.begin(flags, number, payload)
+            if block is not None:
+                self._open(*block)
+            else:
+                self._waiting_since = self._loop.time()
         elif kind == frames.WINDOW_UPDATE:
             self._read_window_update(number, payload)
         elif kind == frames.PING:
             if number or len(payload) != 8:
                 code = Code.PROTOCOL_ERROR if number else Code.FRAME_SIZE_ERROR
                 raise ConnectionBroken(code, "PING has a stream or not 8 bytes")
-            self._pings += 1
-            if self._pings > _MAX_PINGS:
-                raise ConnectionBroken(Code.ENHANCE_YOUR_CALM, "too_many_pings")
+            self._patience.ping()
             if not flags & frames.ACK:
                 self.outflow.out.append(frames.frame(frames.PING, frames.ACK, 0, payload))
         elif kind == frames.SETTINGS:
@@ -342,18 +291,17 @@ class Connection(asyncio.Protocol):
         elif kind == frames.RST_STREAM:
             self._read_reset(number, payload)
         elif kind == frames.CONTINUATION:
-            if not self._block_stream or number != self._block_stream:
-                raise ConnectionBroken(Code.PROTOCOL_ERROR, "CONTINUATION without its HEADERS")
-            self._continuations += 1
-            self._gather(flags, payload)
+            block = self._gatherer.go_on(flags, number, payload)
+            if block is not None:
+                self._open(*block)
         elif kind == frames.PRIORITY:
-            self._count_empty()
+            self._patience.nothing()
             if not number:
                 raise ConnectionBroken(Code.PROTOCOL_ERROR, "PRIORITY without a stream")
             if len(payload) != 5:
                 raise ConnectionBroken(Code.FRAME_SIZE_ERROR, "PRIORITY has not 5 bytes")
         elif kind == frames.GOAWAY:
-            self._count_empty()
+            self._patience.nothing()
             if number:
                 raise ConnectionBroken(Code.PROTOCOL_ERROR, "GOAWAY has a stream")
             if len(payload) < 8:
@@ -362,40 +310,6 @@ class Connection(asyncio.Protocol):
             raise ConnectionBroken(Code.PROTOCOL_ERROR, "a client sent PUSH_PROMISE")
 
     # ---------------------------------------------------------------- header blocks
-
-    def _read_headers(self, flags: int, number: int, payload: bytes) -> None:
-        if not number & 1:
-            raise ConnectionBroken(Code.PROTOCOL_ERROR, "HEADERS for a stream a client cannot open")
-        padding = 0
-        if flags & (frames.PADDED | frames.WITH_PRIORITY):
-            start = 0
-            if flags & frames.PADDED:
-                if not payload:
-                    raise ConnectionBroken(Code.FRAME_SIZE_ERROR, "HEADERS is too short")
-                padding, start = payload[0], 1
-            if flags & frames.WITH_PRIORITY:
-                start += 5
-            if start + padding > len(payload):
-                raise ConnectionBroken(Code.PROTOCOL_ERROR, "a frame is padded beyond its length")
-            payload = payload[start : len(payload) - padding]
-        if flags & frames.END_HEADERS and len(payload) <= MAX_BLOCK_BYTES:
-            self._open(number, payload, flags & frames.END_STREAM != 0)
-            return
-        self._block_stream = number
-        self._block_ends = flags & frames.END_STREAM != 0
-        self._continuations = 0
-        self._waiting_since = self._loop.time()
-        self._gather(flags, payload)
-
-    def _gather(self, flags: int, payload: bytes) -> None:
-        self._block += payload
-        if len(self._block) > MAX_BLOCK_BYTES or self._continuations > _MAX_CONTINUATIONS:
-            raise ConnectionBroken(Code.ENHANCE_YOUR_CALM, "a header block is too large")
-        if flags & frames.END_HEADERS:
-            number, self._block_stream = self._block_stream, 0
-            block = bytes(self._block)
-            self._block.clear()
-            self._open(number, block, self._block_ends)
 
     def _open(self, number: int, block: bytes, ends: bool) -> None:
         if number <= self._last_stream:
@@ -407,7 +321,7 @@ class Connection(asyncio.Protocol):
             return  # the client knows that this stream was never seen, and sends the request elsewhere
         if request is None or len(self.streams) >= self._lobby.max_streams:
             code = Code.PROTOCOL_ERROR if request is None else Code.REFUSED_STREAM
-            self._count_reset()
+            self._patience.reset()
             if not ends:
                 self._remember_cut(number)
             self.outflow.out.append(frames.rst_stream(number, code))
@@ -460,9 +374,7 @@ class Connection(asyncio.Protocol):
             raise ConnectionBroken(Code.PROTOCOL_ERROR, "SETTINGS has a stream")
         if len(payload) % 6 or (flags & frames.ACK and payload):
             raise ConnectionBroken(Code.FRAME_SIZE_ERROR, "SETTINGS has a wrong length")
-        self._settings += 1
-        if self._settings > _MAX_SETTINGS:
-            raise ConnectionBroken(Code.ENHANCE_YOUR_CALM, "too_many_settings")
+        self._patience.settings()
         if flags & frames.ACK:
             return
         for key, value in frames.SETTING.iter_unpack(payload):
@@ -484,17 +396,12 @@ class Connection(asyncio.Protocol):
             raise ConnectionBroken(Code.FRAME_SIZE_ERROR, "RST_STREAM has not 4 bytes")
         if not number or number > self._last_stream:
             raise ConnectionBroken(Code.PROTOCOL_ERROR, "RST_STREAM for an idle stream")
-        self._count_reset()
+        self._patience.reset()
         self._cut.pop(number, None)
         stream = self.streams.get(number)
         if stream is not None:
             self._forget(stream)
             self._application.withdrawn(stream)
-
-    def _count_reset(self) -> None:
-        self._resets += 1
-        if self._resets > _MAX_RESETS_PER_STREAM * self._lobby.max_streams + _MAX_PINGS:
-            raise ConnectionBroken(Code.ENHANCE_YOUR_CALM, "too_many_resets")
 
     # ---------------------------------------------------------------- answers
 
@@ -520,7 +427,7 @@ class Connection(asyncio.Protocol):
 
     def _break(self, stream: Stream, code: Code) -> None:
         """End a stream on which the client broke a rule."""
-        self._count_reset()
+        self._patience.reset()
         self._forget(stream)
         if not stream.is_received:
             self._remember_cut(stream.id)
@@ -574,7 +481,7 @@ class Connection(asyncio.Protocol):
 
     def sweep(self, now: float, header_seconds: float) -> None:
         """A regular look: close where a handshake, frame or block is owed, or answers lie unread, for too long."""
-        self._pings = self._settings = self._empty = self._resets = 0
+        self._patience.renew()
         if self._waiting_since is not None and self.outflow.is_stuck and not self._is_over:
             self._waiting_since = now  # it is the server that does not read
         is_late = self._waiting_since is not None and now - self._waiting_since > header_seconds

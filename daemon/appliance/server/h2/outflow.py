@@ -189,6 +189,7 @@ class Outflow:
         """The connection is gone."""
         self.out.clear()
         self._blocked.clear()
+        self._pending_bytes = 0
         self.is_stuck = False
         self._wake()
 
