@@ -64,7 +64,7 @@ def _measure(only: list[str], scratch: Path, say: Console) -> list[Line]:
             lines += latency.large_input(daemon.infer_socket, picture / "1" / "model.onnx")
         if "4" in only and shutil.which("h2load"):
             say.print("gRPC ...")
-            lines += grpc_rate.sixteen_in_flight(daemon.grpc_socket, scratch)
+            lines += grpc_rate.sixteen_in_flight(daemon, scratch)
         if "10" in only:
             say.print("a 90 MB model ...")
             for backend in ("onnxruntime", "openvino"):

@@ -167,7 +167,7 @@ class Batcher:
         return queue[0]
 
     def drain(self) -> list[Call]:
-        """Take every queued call, oldest first; their state is RUNNING, like a batch's, so that nothing withdraws them."""
+        """Take every queued call, oldest first, as RUNNING like a batch's, so that nothing withdraws them."""
         # A call that was readmitted stands among the arrivals twice.
         calls = list(dict.fromkeys(call for call in self._arrivals if call.state is QUEUED))
         for call in calls:

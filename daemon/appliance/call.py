@@ -81,7 +81,7 @@ class OutputTable(NamedTuple):
     is_batched: bool
 
     def view(self, index: int, memory: memoryview, row: int, rows: int) -> tuple[tuple[int, ...], memoryview]:
-        """Shape and bytes of rows ``row`` to ``row + rows`` of one output; the bytes are valid until the slot is freed."""
+        """Shape and bytes of rows ``row`` to ``row + rows`` of one output, valid until the slot is used again."""
         _, datatype, shape, _, offset, byte_length = self.tensors[index]
         if datatype == "BYTES":
             total = shape[0] if self.is_batched else 1

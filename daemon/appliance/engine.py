@@ -223,7 +223,7 @@ class Engine:
         self._tell_one("", self.is_ready())
 
     def _tell_one(self, name: str, is_ready: bool) -> None:
-        if self._told.get(name) is not is_ready:
+        if self._told.get(name, False) is not is_ready:
             self._told[name] = is_ready
             for listener in tuple(self._listeners):
                 listener(name, is_ready)

@@ -3,7 +3,6 @@
 Almost everything has a default, so a bare ``<name>/<version>/model.onnx`` is a model too.
 """
 
-import hashlib
 import re
 import tomllib
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from appliance.errors import ArtifactCorrupt, InvalidManifest, InvalidRequest
+from appliance.errors import InvalidManifest, InvalidRequest
 from appliance.problems import describe_problems
 from appliance.types import ITEM_BYTES
 
@@ -21,9 +20,6 @@ VERSION_NAME: Final = re.compile(r"[1-9][0-9]{0,17}")
 
 #: File looked for in a version directory without a manifest, by format.
 BARE_ARTIFACTS: Final = {"onnx": "model.onnx", "openvino-ir": "model.xml"}
-
-#: Rows of a batch where the manifest does not say and the model has a batch dimension.
-DEFAULT_MAX_BATCH_SIZE: Final = 64
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -308,40 +304,3 @@ def _bare_manifest(directory: Path) -> Manifest:
         return Manifest(name=directory.name, artifacts=artifacts)
     except ValidationError as error:
         raise InvalidManifest(f"cannot serve {directory.name!r}: {describe_problems(error, Manifest)}") from error
-
-
-def resolve_inside(directory: Path, relative: str) -> Path:
-    """Absolute path of a file below `directory`, links resolved.
-
-    Raises:
-        InvalidManifest: It is missing, or leads outside the directory.
-    """
-    root = directory.resolve()
-    try:
-        path = (root / relative).resolve()
-    except RuntimeError as error:
-        raise InvalidManifest(f"cannot use {relative!r} of {directory.name!r}: its links form a circle") from error
-    if not path.is_relative_to(root):
-        raise InvalidManifest(f"cannot use {relative!r} of {directory.name!r}: it leads outside the model's directory")
-    if not path.exists():
-        raise InvalidManifest(f"cannot use {relative!r} of {directory.name!r}: no such file")
-    return path
-
-
-def verify_digest(path: Path, sha256: str | None, shown: str) -> None:
-    """Compare a file with its digest; does nothing where there is none.
-
-    Raises:
-        ArtifactCorrupt: It differs, or the file cannot be read.
-    """
-    if sha256 is None:
-        return
-    try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ArtifactCorrupt(f"cannot read {shown!r}: {error.strerror}") from error
-    if actual != sha256:
-        raise ArtifactCorrupt(
-            f"cannot use {shown!r}: its sha256 is {actual[:12]}... and the manifest says {sha256[:12]}..."
-        )

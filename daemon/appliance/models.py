@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from appliance import heap
+from appliance.artifacts import resolve_inside, verify_digest
 from appliance.config import WorkersSection
 from appliance.deadline import Deadlines
 from appliance.errors import (
@@ -25,7 +26,7 @@ from appliance.errors import (
     ShuttingDown,
 )
 from appliance.instance import Instance, Placement
-from appliance.manifest import Manifest, read_manifest, resolve_inside, verify_digest
+from appliance.manifest import Manifest, read_manifest
 from appliance.metrics import ModelStatistics
 from appliance.placement import placements
 from appliance.plugins import BackendRecord

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from appliance.artifacts import fingerprint, resolve_inside
 from appliance.backend import Artifact, Variant
 from appliance.errors import NoPlacement
 from appliance.instance import Placement
-from appliance.manifest import Manifest, resolve_inside
+from appliance.manifest import Manifest
 from appliance.plugins import BackendRecord, PluginStatus
 from appliance.wire import worker_pb2
 
@@ -55,7 +56,9 @@ def placements(
                     if wish.device in (None, variant.device) and wish.precision in (None, variant.precision)
                 ]
                 if not variants:
-                    reasons.append(f"{name}: offers no variant on device {wish.device} with precision {wish.precision}")
+                    where = f" on device {wish.device}" if wish.device else ""
+                    how = f" with precision {wish.precision}" if wish.precision else ""
+                    reasons.append(f"{name}: offers no variant{where}{how}")
                 rank = PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
                 found.extend(
                     (rank, _placement(manifest, directory, version, artifact, variant, record.python, cache))
@@ -78,7 +81,8 @@ def _placement(
 ) -> Placement:
     options = {**variant.options, **manifest.placement.options}
     if options.get("cache_dir") == "":
-        options["cache_dir"] = str(cache / variant.backend)
+        # OpenVINO tells files apart by size and second only, so what it compiles gets a place by a finer identity.
+        options["cache_dir"] = str(cache / variant.backend / fingerprint(artifact.path))
     load = worker_pb2.Load(
         backend=variant.backend,
         model=manifest.name,

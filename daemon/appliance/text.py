@@ -56,7 +56,7 @@ class TextEncoder:
                 self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
                 self._tokenizer.no_padding()
                 self._tokenizer.enable_truncation(section.max_tokens)
-                self.encode([b"", b"a" * section.max_tokens, b"a " * section.max_tokens])
+                self.encode([b"", b"a" * section.max_tokens, b"a " * (section.buckets[-1] + 1)])
         except Exception as error:  # the library raises bare Exception for anything it cannot read
             raise InvalidManifest(f"cannot use the tokenizer of {model!r}: {error}") from error
 

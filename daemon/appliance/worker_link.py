@@ -252,20 +252,21 @@ class WorkerLink:
             self.kill()
 
     def _take(self, size: int, ancillary: Sequence[tuple[int, int, bytes]]) -> None:
-        kind = self._buffer[0]
-        if kind == _DONE:
+        packet = self._buffer[:size]
+        kind = packet[0]
+        if kind == _DONE and self._is_open:
             attached = self._adopt(ancillary) if ancillary else None
-            self._listener.on_done(self._buffer[:size], attached)
-        elif kind == _FAULT:
-            _, slot, _, _, batch = frames.FAULT_HEADER.unpack_from(self._buffer)
-            message = bytes(self._buffer[frames.FAULT_HEADER.size : size]).decode("utf-8", "replace")
+            self._listener.on_done(packet, attached)
+        elif kind == _FAULT and self._is_open:
+            _, slot, _, _, batch = frames.FAULT_HEADER.unpack_from(packet)
+            message = bytes(packet[frames.FAULT_HEADER.size :]).decode("utf-8", "replace")
             self._listener.on_fault(slot, batch, message)
         elif kind != _PONG:
-            self._on_greeting(kind, bytes(self._buffer[1:size]))
+            self._on_greeting(kind, bytes(packet[1:]))
 
     def _on_greeting(self, kind: int, body: bytes) -> None:
         if self._greeting is None or self._greeting.done():
-            return
+            raise ValueError(f"a packet of kind {kind} came where none is expected")
         if kind == frames.Kind.LOADED:
             self._greeting.set_result(worker_pb2.Loaded.FromString(body))
         elif kind == frames.Kind.FAILED:

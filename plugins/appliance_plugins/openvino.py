@@ -82,8 +82,9 @@ class OpenVinoBackend:
             ValueError: The variant or one of the model's types cannot be served.
             Exception: What the runtime raises for a model it cannot load.
         """
-        core = self._own_core()
-        compiled = core.compile_model(core.read_model(os.fspath(artifact.path)), _DEVICE, _properties(variant))
+        # Compiled by path, not by model: a cached compilation is then used without reading the model at all. OpenVINO
+        # knows a changed file by its size and second of modification, so the cache's place must name the artifact.
+        compiled = self._own_core().compile_model(os.fspath(artifact.path), _DEVICE, _properties(variant))
         return _CompiledSession(compiled, variant.device)
 
     @classmethod

@@ -92,7 +92,7 @@ def faulty(tmp_path_factory):
     models = directory / "models"
     write_fake(models / "steady")
     write_identity(models / "identity")
-    sections = {"workers": {"heartbeat_seconds": 0.3, "backoff_seconds": 0.05, "crashes_to_quarantine": 3}}
+    sections = {"workers": {"heartbeat_seconds": 0.5, "backoff_seconds": 0.05, "crashes_to_quarantine": 3}}
     with start_daemon(directory, models, environment=FAKE_BACKEND, **sections) as running:
         faulty = Faulty(running, models)
         yield faulty
@@ -113,7 +113,7 @@ async def settled(awaitable):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS], ids=lambda number: number.name)
 def test_death_of_a_worker_fails_what_it_had_and_nothing_else(faulty, tmp_path, number):
-    """In flight: WorkerLost. Queued: answered after the restart. Readiness: false until then. Other models: untouched."""
+    """In flight: WorkerLost. Queued: answered after the restart. Not ready until then. Other models: untouched."""
     load, run = Gate(tmp_path / "load"), Gate(tmp_path / "run")
     load.open()
     name = f"dies-{number.name.lower()}"
@@ -169,6 +169,7 @@ def test_a_model_whose_worker_was_killed_answers_again(faulty, is_loaded, record
     pid = faulty.pid(name)
     killed = asyncio.Event()
     done = asyncio.Event()
+    recovery = asyncio.Event()
     recovered = []
 
     async def load_on(model: str, errors: list) -> None:
@@ -184,6 +185,7 @@ def test_a_model_whose_worker_was_killed_answers_again(faulty, is_loaded, record
                 assert answer["y"][0, 0] == number % 97
                 if model == name and killed.is_set() and errors and not recovered:
                     recovered.append(time.monotonic())
+                    recovery.set()
 
     async def scenario():
         mine, others = [], []
@@ -198,8 +200,7 @@ def test_a_model_whose_worker_was_killed_answers_again(faulty, is_loaded, record
         if not is_loaded:
             tasks.append(asyncio.ensure_future(load_on(name, mine)))
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while not recovered:
-                await asyncio.sleep(0.001)
+            await recovery.wait()
         done.set()
         await asyncio.gather(*tasks)
         assert others == []
@@ -222,15 +223,17 @@ def test_a_worker_that_exits_by_itself_is_replaced(faulty):
     faulty.wait_until_answers(name)
 
 
-def test_what_a_worker_started_goes_with_it(faulty, tmp_path):
-    """A plugin's own child does not survive the worker, nor keep the daemon waiting for the worker's standard error."""
-    name = faulty.add("parent")
+def test_what_a_worker_started_goes_with_it(faulty):
+    """A plugin's own child does not survive the worker, nor keep the daemon waiting for the worker's last words."""
+    name = faulty.add("parent", child=True)
     pid = faulty.pid(name)
-    assert os.getpgid(pid) == pid
-    assert os.getsid(pid) == pid
+    (child,) = children(pid)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(pid), "the worker is gone")
+    wait_until(lambda: not is_alive(pid) and not is_alive(child), "the worker and its child are gone")
     faulty.wait_until_answers(name)
+    (child,) = children(faulty.pid(name))
+    faulty.client.unload(name)
+    wait_until(lambda: not is_alive(child), "the child is gone")
 
 
 # -------------------------------------------------------------------------------------------------- hangs
@@ -263,10 +266,10 @@ def test_a_daemon_that_stood_still_does_not_blame_its_workers(faulty):
     """Stopped for longer than every limit, and continued: the workers were fine all the time."""
     before = {name: faulty.pid(name) for name in ("steady", "identity")}
     os.kill(faulty.running.pid, signal.SIGSTOP)
-    time.sleep(1.2)  # what is tested is that time passes: four heartbeats
+    time.sleep(2.0)  # what is tested is that time passes: four heartbeats
     os.kill(faulty.running.pid, signal.SIGCONT)
     assert faulty.answers("steady")
-    end = time.monotonic() + 1.0
+    end = time.monotonic() + 1.5
     while time.monotonic() < end:
         assert {name: faulty.pid(name) for name in before} == before
         time.sleep(0.05)
@@ -318,13 +321,13 @@ def test_quarantine_ends_by_itself(tmp_path):
     models = tmp_path / "models"
     write_fake(models / "fragile")
     workers = {"crashes_to_quarantine": 1, "quarantine_seconds": 0.3}
-    with start_daemon(tmp_path, models, environment=FAKE_BACKEND, workers=workers) as running:
-        with Client(running.infer_socket) as client:
-            with pytest.raises(WorkerLost):
-                client.infer("fragile", command("crash"))
-            running.wait_for_state("fragile", "quarantined")
-            running.wait_for_state("fragile", "ready")
-            assert client.infer("fragile", tensor(1))["y"][0, 0] == 1
+    daemon = start_daemon(tmp_path, models, environment=FAKE_BACKEND, workers=workers)
+    with daemon as running, Client(running.infer_socket) as client:
+        with pytest.raises(WorkerLost):
+            client.infer("fragile", command("crash"))
+        running.wait_for_state("fragile", "quarantined")
+        running.wait_for_state("fragile", "ready")
+        assert client.infer("fragile", tensor(1))["y"][0, 0] == 1
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -476,16 +479,16 @@ def test_a_backend_without_memory_fails_the_request_and_lives(faulty):
 
 
 def test_a_worker_that_may_take_no_more_memory_is_the_only_one_to_suffer(faulty):
+    """Its requests fail, whether it survives that or not; the daemon and the other models do not notice."""
     name = faulty.add("limited")
     pid = faulty.pid(name)
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (size + (1 << 20), size + (1 << 20)))
-    write = np.zeros((64, 16), np.float32)
     errors = [faulty.outcome(name, command("leak")) for _ in range(16)]
-    errors.append(faulty.outcome(name, {"x": write}))
     assert any(isinstance(error, (BackendError, WorkerLost)) for error in errors)
     assert faulty.answers("steady")
-    os.kill(faulty.pid(name) or pid, signal.SIGKILL) if faulty.pid(name) == pid else None
+    if is_alive(pid):
+        os.kill(pid, signal.SIGKILL)
     faulty.wait_until_answers(name)
 
 

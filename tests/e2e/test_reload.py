@@ -82,6 +82,7 @@ class Traffic:
         self._path, self._model, self._inputs = path, model, inputs
         self._task = None
         self._stop = asyncio.Event()
+        self._came = asyncio.Event()
         self.outcomes: list = []
         self.was_unready = False
 
@@ -99,7 +100,8 @@ class Traffic:
         wanted = len(self.outcomes) + count
         async with asyncio.timeout(PATIENCE_SECONDS):
             while len(self.outcomes) < wanted:
-                await asyncio.sleep(0.002)
+                self._came.clear()
+                await self._came.wait()
 
     async def _run(self) -> None:
         flying = set()
@@ -121,6 +123,7 @@ class Traffic:
 
     async def _one(self, client) -> None:
         self.outcomes.append(await settled(client.infer(self._model, self._inputs)))
+        self._came.set()
 
     def errors(self) -> list:
         return [outcome for outcome in self.outcomes if isinstance(outcome, ApplianceError)]
@@ -153,7 +156,7 @@ def test_a_reload_under_traffic_fails_no_request_and_changes_the_answers(served)
 
 
 def test_a_text_model_is_reloaded_under_traffic_without_a_gap(served):
-    """Texts that are being tokenised while instances are swapped are answered too; a new tokenizer alone is a change."""
+    """Texts that are being tokenised at the swap are answered too; a new tokenizer alone is a change."""
     running, models = served
     shutil.copytree(LANGUAGES, models / "language-id")
 

@@ -7,6 +7,7 @@ An artifact of format ``"fake"`` is a JSON object; every key may be left out::
       "outputs": [["y", "FP32", [-1, 16]]],      # output i echoes input i, or the last input where there are fewer
       "a_us": 0, "c_us": 0,                      # a run of n rows sleeps a_us * n + c_us microseconds
       "load_us": 0,                              # loading sleeps this long
+      "child": false,                            # loading starts a process that would outlive the worker
       "load_log": PATH,                          # each load adds a line with its process id to this file
       "load_gate": PATH, "run_gate": PATH,       # a load, or a run told to `wait`, goes on once this file exists
       "on_load": COMMAND, "on_warmup": COMMAND,  # obeyed while loading, or in the first run
@@ -32,6 +33,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import time
 from typing import ClassVar
 
@@ -67,6 +69,8 @@ class FakeBackend:
         if "load_log" in behaviour:
             with open(behaviour["load_log"], "a") as log:
                 log.write(f"{os.getpid()}\n")
+        if behaviour.get("child"):
+            subprocess.Popen(["sleep", "3600"])
         time.sleep(behaviour.get("load_us", 0) / 1e6)
         _wait_for(behaviour.get("load_gate"))
         _obey(behaviour.get("on_load"))

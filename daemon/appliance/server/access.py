@@ -1,8 +1,6 @@
 """Who may do what: one table, one function, below every transport.
 
-Identity on our own sockets is SO_PEERCRED. gRPC over a Unix socket cannot check it (grpc/grpc#28755), so that socket is
-guarded by its mode and grants `Role.INFER` only. TCP has no identity at all and gets the role the configuration gives
-it.
+Identity on the Unix sockets is SO_PEERCRED. TCP has no identity at all and gets the role the configuration gives it.
 """
 
 import socket

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from appliance.errors import InvalidManifest
-from appliance.manifest import ClassificationSection
 from appliance.types import TensorSpec
 from appliance.worker.tensors import widen_bf16
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from appliance.manifest import ClassificationSection
 
 _LOGITS = ("FP16", "BF16", "FP32", "FP64")
 
@@ -18,7 +19,7 @@ _LOGITS = ("FP16", "BF16", "FP32", "FP64")
 class Classifier:
     """Makes the outputs ``label`` and ``score`` of one model."""
 
-    def __init__(self, section: ClassificationSection, labels: list[str], logits: TensorSpec) -> None:
+    def __init__(self, section: "ClassificationSection", labels: list[str], logits: TensorSpec) -> None:
         """Check that the labels belong to the output.
 
         Raises:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from appliance.manifest import ImageSection
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from appliance.manifest import ImageSection
 
 #: Named, since Pillow would otherwise try every decoder it has on what a client sent.
 FORMATS: Final = ("PNG", "JPEG")
@@ -35,7 +35,7 @@ class UndecodableImage(Exception):
 class Decoder:
     """Decodes pictures as one manifest wants them. Safe to use from several threads."""
 
-    def __init__(self, section: ImageSection) -> None:
+    def __init__(self, section: "ImageSection") -> None:
         channels = section.channels
         per_channel = (channels, 1, 1) if section.layout == "NCHW" else (1, 1, channels)
         self._section = section

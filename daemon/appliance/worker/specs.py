@@ -1,11 +1,14 @@
 """What a session says about its tensors, narrowed by what the manifest says about them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from appliance.errors import BackendError, InvalidManifest
-from appliance.manifest import Manifest, TensorEntry
 from appliance.types import TensorSpec
 from appliance.worker.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from appliance.manifest import Manifest, TensorEntry
 
 
 def check_session_specs(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -25,7 +28,7 @@ def check_session_specs(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
 
 
 def narrow(
-    manifest: Manifest, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    manifest: "Manifest", inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """The session's tensors with the manifest's lengths in place of dynamic dimensions.
 
@@ -50,7 +53,7 @@ def narrow(
 def _narrowed(
     kind: str,
     specs: Sequence[TensorSpec],
-    entries: Sequence[TensorEntry],
+    entries: "Sequence[TensorEntry]",
     max_batch_size: int | None,
     problems: list[str],
 ) -> tuple[TensorSpec, ...]:

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.manifest import TextSection
 from appliance.types import TensorSpec
 from appliance.worker.tensors import DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from appliance.manifest import TextSection
 
 #: Lengths tried for dimensions that nothing fixes; convolutions often refuse small ones, attention large ones.
 FREE_LENGTHS: Final = (8, 64, 224)
@@ -18,7 +19,7 @@ FREE_LENGTHS: Final = (8, 64, 224)
 _SEED: Final = 20260101
 
 
-def free_lengths(specs: Sequence[TensorSpec], text: TextSection | None, *, is_batched: bool) -> tuple[int, ...]:
+def free_lengths(specs: Sequence[TensorSpec], text: "TextSection | None", *, is_batched: bool) -> tuple[int, ...]:
     """Lengths worth trying for the dynamic dimensions of `specs`; one where there are none or the tokenizer says."""
     if text is not None:
         return (text.buckets[0],)
@@ -27,7 +28,7 @@ def free_lengths(specs: Sequence[TensorSpec], text: TextSection | None, *, is_ba
 
 
 def plain_inputs(
-    specs: Sequence[TensorSpec], text: TextSection | None, rows: int, length: int
+    specs: Sequence[TensorSpec], text: "TextSection | None", rows: int, length: int
 ) -> "dict[str, NDArray[Any]]":
     """`rows` equal rows: padding with a mask of ones for a text model, zeros and empty strings otherwise."""
     return {spec.name: _plain(spec, text, _shape(spec, rows, length)) for spec in specs}
@@ -51,7 +52,7 @@ def _shape(spec: TensorSpec, rows: int, length: int) -> tuple[int, ...]:
     return tuple(length if size < 0 else size for size in spec.shape)
 
 
-def _plain(spec: TensorSpec, text: TextSection | None, shape: tuple[int, ...]) -> "NDArray[Any]":
+def _plain(spec: TensorSpec, text: "TextSection | None", shape: tuple[int, ...]) -> "NDArray[Any]":
     dtype = DTYPES[spec.datatype]
     if spec.datatype == "BYTES":
         return np.full(shape, b"", dtype=dtype)

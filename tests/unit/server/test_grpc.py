@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import uvloop
 from appliance.config import Config
 from appliance.errors import KINDS, Overloaded
 from appliance.server import listen
@@ -74,7 +75,8 @@ def within(coroutine):
         async with asyncio.timeout(DEADLINE_S):
             return await coroutine
 
-    return asyncio.run(bounded())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # the daemon's loop
+        return runner.run(bounded())
 
 
 def request(model="echo", content=b"\0\0\x80\x3f", request_id="", **parameters):

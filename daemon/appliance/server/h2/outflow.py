@@ -117,16 +117,16 @@ class Outflow:
     def set_initial_window(self, size: int) -> None:
         """The peer's windows, those of open streams included, change (RFC 9113, section 6.9.2).
 
+        Nothing is sent yet: the peer counts with the new windows from the acknowledgement on.
+
         Raises:
             ConnectionBroken: A window becomes larger than it may be.
         """
         change, self.initial_window = size - self.initial_window, size
-        for stream in tuple(self._streams.values()):
+        for stream in self._streams.values():
             stream.send_window += change
             if stream.send_window > frames.MAX_WINDOW:
                 raise ConnectionBroken(Code.FLOW_CONTROL_ERROR, "a stream's window is too large")
-            if stream.pending:
-                self._push(stream)
 
     def _push(self, stream: Stream, max_frames: int = frames.MAX_WINDOW) -> None:
         """Frame what the windows allow of a stream's pending content, and its end behind it."""
