@@ -85,14 +85,17 @@ class Batcher:
         """
         if self.queued >= self._max_queue_size or self.queued_bytes + call.nbytes > self._max_queue_bytes:
             self.check_room(call.nbytes)
-        self._append(call)
+        self._count_in(call).append(call)
+        self._arrivals.append(call)
 
     def readmit(self, calls: list[Call]) -> None:
-        """Queue calls that were admitted once already, whatever the bounds, ahead of nobody."""
-        for call in calls:
-            self._append(call)
+        """Queue calls that were admitted once already, whatever the bounds, before all that came after them."""
+        for call in reversed(calls):
+            self._count_in(call).appendleft(call)
+            self._arrivals.appendleft(call)
 
-    def _append(self, call: Call) -> None:
+    def _count_in(self, call: Call) -> deque[Call]:
+        """Count `call` as queued; returns the queue it belongs to."""
         call.state = QUEUED
         self.queued += 1
         self.queued_bytes += call.nbytes
@@ -101,8 +104,7 @@ class Batcher:
         queue = self._queues.get(signature)
         if queue is None:
             queue = self._queues[signature] = deque()
-        queue.append(call)
-        self._arrivals.append(call)
+        return queue
 
     def withdraw(self, call: Call) -> None:
         """Take a queued call out; its state becomes FINISHED and no batch will hold it."""

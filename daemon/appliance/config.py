@@ -209,7 +209,7 @@ def parse_config(text: str) -> Config:
     """
     try:
         return Config.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"cannot read the configuration: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"cannot use the configuration: {describe_problems(error, Config)}") from error

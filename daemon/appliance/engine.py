@@ -267,6 +267,8 @@ class Engine:
         except ApplianceError:
             call.let_go()
             raise
+        if call.deadline_ns:
+            self._deadlines.add(call)
         instance.hold(call.nbytes)
         task = self._loop.create_task(self._tokenise(encoder, model.statistics, call))
         self._tasks.add(task)
@@ -301,7 +303,7 @@ class Engine:
         name, place = call.plan.instance.signature.text, _text_place(call)
         texts = split_elements(call.contents[place], call.plan.tensors[place].elements, name)
         try:
-            return await self._loop.run_in_executor(self._threads, encoder.encode, texts)
+            return await self._loop.run_in_executor(self._threads, _encode, encoder, texts, call)
         except Exception:
             if call.state is not NEW:
                 return None
@@ -329,6 +331,11 @@ class Engine:
         except asyncio.CancelledError:
             call.plan.instance.cancel(call)
             raise
+
+
+def _encode(encoder: TextEncoder, texts: Sequence[bytes], call: Call) -> Tokens | None:
+    """In a thread: the tokens, unless the call was withdrawn while it waited for the thread."""
+    return encoder.encode(texts) if call.state is NEW else None
 
 
 def _text_place(call: Call) -> int:

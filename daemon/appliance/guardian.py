@@ -30,11 +30,12 @@ class Guardian:
 
     def __init__(self, directory: str, lock: str) -> None:
         reading, self._writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            _become(reading, directory, lock)
+        with suppress(OSError):  # no process to be had; the next start removes what is left then
+            child = os.fork()
+            if child == 0:
+                _become(reading, directory, lock)
+            os.waitpid(child, 0)
         os.close(reading)
-        os.waitpid(child, 0)
 
     def entrust(self, name: str) -> None:
         """Have the file `name` removed once this process has ended, however it ends."""

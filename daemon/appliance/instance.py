@@ -50,6 +50,8 @@ _MAX_TEXT_PLANS: Final = 256
 _RUN: Final = int(frames.Kind.RUN)
 _MINUTE_NS: Final = 60_000_000_000
 _BACKOFF_LIMIT_SECONDS: Final = 30.0
+#: A quarantine this long ago does not lengthen the next one.
+_FORGET_NS: Final = 3600_000_000_000
 
 
 #: How an instance gets a link to a worker that it has still to start.
@@ -128,6 +130,7 @@ class Instance:
         self._watch_due_ns = 0
         self._crashes_ns: list[int] = []
         self._quarantines = 0
+        self._released_ns = 0
         self._suspects = Suspects()
         self._restart: asyncio.Task[None] | None = None
         self._idle: asyncio.Event = asyncio.Event()
@@ -283,7 +286,8 @@ class Instance:
             if call.deadline_ns:
                 if call.deadline_ns <= call.admitted_ns:
                     raise DeadlineExceeded("cannot run the request: its deadline has passed")
-                self._deadlines.add(call)
+                if not was_held:  # who held it watches its deadline
+                    self._deadlines.add(call)
             if self._suspects:
                 self._suspects.judge(call, call.admitted_ns)
             self._batcher.admit(call)
@@ -644,6 +648,8 @@ class Instance:
             return
 
     async def _quarantine(self) -> None:
+        if time.monotonic_ns() - self._released_ns > _FORGET_NS:
+            self._quarantines = 0
         seconds = self._settings.quarantine_seconds * 2 ** min(self._quarantines, 4)
         self._quarantines += 1
         reason = f"quarantined for {seconds:g} s: its worker crashed {len(self._crashes_ns)} times within a minute"
@@ -651,6 +657,7 @@ class Instance:
         self._fail_queued(self.refusal())
         self._crashes_ns.clear()
         await asyncio.sleep(seconds)
+        self._released_ns = time.monotonic_ns()
 
     def expire(self, call: Call) -> None:
         """Answer a call whose deadline passed (called by `Deadlines`)."""

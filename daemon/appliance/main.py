@@ -127,7 +127,9 @@ class Daemon:
             grace = config.shutdown.grace_seconds
             native.stop_accepting()
             engine.begin_drain()
-            await asyncio.gather(engine.stop(grace), grpc.stop(grace), http.stop(grace), return_exceptions=True)
+            ends = asyncio.gather(engine.stop(grace), grpc.stop(grace), http.stop(grace), return_exceptions=True)
+            for problem in filter(None, await ends):
+                _log.error("stopping did not go well", exc_info=problem)
             await native.stop()
             for path in made:
                 listen.remove(path)

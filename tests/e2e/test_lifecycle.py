@@ -1,10 +1,13 @@
 """Starting, stopping and being killed: what was admitted is answered, and nothing is left behind."""
 
 import asyncio
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "plugins_fake"))
 
 from appliance_client import ApplianceError, AsyncClient, Client, ConnectionLost, ShuttingDown
 from fake_backend import MAGIC
+from support.askers import GrpcInfer, HttpInfer
 from support.daemon import FAKE_BACKEND, is_alive, start_daemon, wait_until
 from support.models import Gate, write_fake, write_identity
 
@@ -94,6 +98,39 @@ def test_what_was_admitted_before_the_signal_is_answered_and_nothing_new_is_take
     asyncio.run(scenario())
     assert running.process.wait(45) == 0
     assert left_behind(running, workers) == []
+
+
+@pytest.mark.parametrize("transport", [HttpInfer, GrpcInfer])
+def test_what_came_over_other_transports_is_answered_too(launch, tmp_path, transport):
+    run = Gate(tmp_path / "run")
+    write_fake(tmp_path / "models" / "slow", manifest="max_batch_size = 1", run_gate=str(run))
+    running = launch(shutdown={"grace_seconds": FOREVER})
+    askers = [transport(running) for _ in range(8)]
+    outcomes = {}
+
+    def ask(number: int) -> None:
+        outcomes[number] = askers[number]("slow", MAGIC["wait"] if number == 0 else number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        wait_until(lambda number=number: taken(running) > number, "it is taken")
+    running.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: not connects(running.infer_socket), "the daemon drains")
+    assert outcomes == {}
+    run.open()
+    for thread in threads:
+        thread.join(45)
+    assert outcomes == {0: MAGIC["wait"], **{number: number for number in range(1, 8)}}
+    assert running.process.wait(45) == 0
+    for asker in askers:
+        asker.close()
+
+
+def taken(running) -> int:
+    """Requests that wait or run."""
+    status = running.model("slow")
+    return status["queued"] + status["running"]
 
 
 def connects(path: str) -> bool:
@@ -291,6 +328,37 @@ def test_a_second_signal_changes_nothing(launch, tmp_path):
 
     asyncio.run(scenario())
     assert running.process.wait(45) == 0
+
+
+@pytest.mark.parametrize("is_loading", [False, True], ids=["probing", "loading"])
+def test_a_child_that_is_only_just_starting_does_not_outlive_the_daemon(launch, tmp_path, is_loading):
+    """Killed before the child has asked the kernel for its death signal; what it would load never ends."""
+    (tmp_path / "models").mkdir()
+    for _ in range(3):
+        running = launch()
+        write_fake(tmp_path / "models" / "endless", on_load="hang-gil")
+        sender = threading.Thread(target=load_whatever, args=(running.infer_socket, "endless"))
+        sender.start()
+        wanted = b"appliance.worker\0" if is_loading else b"appliance.worker.probe\0"
+        wait_until(lambda wanted=wanted, running=running: has_child(running, wanted), "the child is being started")
+        started = running.workers()
+        running.process.kill()
+        running.process.wait()
+        wait_until(lambda started=started: not any(map(is_alive, started)), "the children are gone")
+        sender.join()
+        shutil.rmtree(tmp_path / "models" / "endless")
+
+
+def has_child(running, wanted: bytes) -> bool:
+    """True while the daemon has a child with `wanted` in its command line."""
+    with contextlib.suppress(OSError):
+        return any(wanted in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.workers())
+    return False
+
+
+def load_whatever(path: str, model: str) -> None:
+    with contextlib.suppress(ApplianceError), Client(path, timeout=45) as client:
+        client.load(model)
 
 
 @pytest.mark.parametrize("occupied", ["idle", "running", "hung", "stopped", "loading"])

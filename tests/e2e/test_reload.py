@@ -27,6 +27,7 @@ from appliance_client import (
     ModelNotReady,
 )
 from fake_backend import MAGIC
+from support.askers import GrpcInfer, HttpInfer
 from support.daemon import FAKE_BACKEND, PATIENCE_SECONDS, start_daemon, wait_until
 from support.models import Gate, save, write_fake
 
@@ -153,6 +154,38 @@ def test_a_reload_under_traffic_fails_no_request_and_changes_the_answers(served)
             assert running.model("adder")["pid"] != old
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("transport", [HttpInfer, GrpcInfer])
+def test_a_reload_fails_no_request_of_other_transports_either(served, client, transport):
+    running, models = served
+    name = f"adder-{transport.__name__.lower()}"
+    write_adder(models / name, 1)
+    client.load(name)
+    outcomes: list = []
+    done = threading.Event()
+
+    def work() -> None:
+        ask = transport(running)
+        while not done.is_set():
+            outcomes.append(ask(name, 0))
+        ask.close()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for version in (2, 3):
+        seen = len(outcomes)
+        wait_until(lambda seen=seen: len(outcomes) > seen + 20, "requests are under way")
+        write_adder(models / name, version, version)
+        client.load(name)
+    seen = len(outcomes)
+    wait_until(lambda: len(outcomes) > seen + 20, "requests went on")
+    done.set()
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    assert set(outcomes) == {1.0, 2.0, 3.0}
+    client.unload(name)
 
 
 def test_a_text_model_is_reloaded_under_traffic_without_a_gap(served):

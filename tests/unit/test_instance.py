@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -139,6 +140,33 @@ async def drained(instance) -> bool:
     return not instance.queued and not instance.running
 
 
+def test_a_crash_after_a_failed_batch_leaves_every_waiting_call_in_the_queue_once():
+    """Calls that run again stand in the queue anew, and are looked through for repeats of what crashed."""
+
+    async def scenario():
+        instance, crew = await started(Crew(echo_model(width=-1, rows=2)))
+        ledger = Ledger()
+        for number, width in enumerate((4, 5, 4, 5, 5, 5)):
+            instance.submit(make_call(instance, ledger, number, width=width))
+        await turns()
+        assert [run.rows for run in crew.worker.runs] == [2, 2]
+        crew.worker.fault()
+        await turns()
+        assert (instance.running, instance.queued) == (3, 3)
+        crew.worker.die()
+        assert instance.queued == 3
+        await turns(20)
+        while crew.worker.runs:
+            crew.worker.answer()
+        assert set(ledger.errors) == {0, 1, 3}
+        assert set(ledger.answers) == {2, 4, 5}
+        assert (instance.queued, instance._batcher.queued_bytes) == (0, 0)
+        assert await drained(instance)
+        await instance.close()
+
+    run(scenario)
+
+
 def test_unloading_with_calls_that_were_sent_back_to_the_queue_counts_them_once():
     async def scenario():
         instance, crew = await started()
@@ -160,13 +188,14 @@ def test_a_connection_that_breaks_while_the_queue_is_failed_is_not_counted_twice
     """Its flush finds the socket broken and withdraws its other calls, which are being failed."""
 
     async def scenario():
-        instance, crew = await started()
+        instance, _ = await started()
         ledger = Ledger()
         calls = [make_call(instance, ledger, number) for number in range(30)]
 
         def withdraw_all():
-            for call in calls:
-                instance.cancel(call)
+            if not instance.queued:  # those that ran have failed, and those that waited are being failed
+                for call in calls:
+                    instance.cancel(call)
 
         ledger.on_flush = withdraw_all
         for call in calls:
@@ -871,6 +900,69 @@ def test_a_worker_that_ends_as_soon_as_it_has_loaded_is_a_failed_load_or_a_loss_
             async with asyncio.timeout(30):
                 await witness.heard.wait()
             assert witness.lost == ["exited with code 0"]
+
+    run(scenario)
+
+
+class EagerProcess:
+    """A process that is gone when it is asked, for a `WorkerLink` whose other end is in the test's hands."""
+
+    pid = 2**22 + 1  # beyond what the kernel gives
+    returncode = 0
+
+    async def wait(self) -> int:
+        return 0
+
+
+async def half_open(monkeypatch, packets: list[bytes]) -> tuple[WorkerLink, Witness]:
+    """A link whose worker has sent `packets` and closed before the loop looks; `start` is up to the test."""
+    witness = Witness()
+    link = WorkerLink(asyncio.get_running_loop(), witness, "test")
+
+    async def spawn(python):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        link._socket, link._process = ours, EagerProcess()
+        asyncio.get_running_loop().add_reader(ours, link._on_readable)
+        for packet in packets:
+            theirs.send(packet)
+        theirs.close()
+
+    monkeypatch.setattr(link, "_spawn", spawn)
+    return link, witness
+
+
+def test_the_end_of_a_worker_that_failed_to_load_is_not_a_loss_even_if_it_is_read_first(monkeypatch):
+    """The refusal, the end of file and the end of the process are all there before `start` goes on."""
+
+    async def scenario():
+        link, witness = await half_open(monkeypatch, [FAILED])
+        loop = asyncio.get_running_loop()
+        starting = loop.create_task(link.start("", worker_pb2.Load(), 30))
+        await asyncio.sleep(0)
+        link._on_readable()
+        link._on_readable()
+        with pytest.raises(Exception, match=r"^no$"):
+            await starting
+        await turns(20)
+        assert witness.lost == []
+
+    run(scenario)
+
+
+def test_a_worker_that_is_gone_before_start_returns_is_a_failed_load(monkeypatch):
+    """Otherwise the listener would hear of the loss of a worker that it has not got yet, and never again."""
+
+    async def scenario():
+        link, witness = await half_open(monkeypatch, [LOADED])
+        starting = asyncio.get_running_loop().create_task(link.start("", worker_pb2.Load(), 30))
+        await asyncio.sleep(0)
+        link._on_readable()
+        link._on_readable()
+        with pytest.raises(WorkerLost):
+            await starting
+        await turns(20)
+        assert witness.lost == []
 
     run(scenario)
 

@@ -66,6 +66,7 @@ class Lobby(Protocol):
     engine: "Engine"
     limits: LimitsSection
     budget: BodyBudget
+    regions: RegionBudget
 
     def left(self, connection: "NativeConnection") -> None:
         """The connection is closed."""
@@ -325,6 +326,7 @@ class NativeConnection:
                 raise InvalidRequest(f"cannot register region {number}: it is registered already")
             if len(self._regions) >= self._limits.max_regions:
                 raise Overloaded(f"cannot register the region: max_regions is {self._limits.max_regions}")
+            self._lobby.regions.check()
             if size > self._limits.max_region_bytes:
                 raise InvalidRequest(
                     f"cannot register the region: it has {size} bytes and max_region_bytes is "
