@@ -11,13 +11,13 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from rich.console import Console  # noqa: E402 - the tests' support package is found through the line above
-from support.daemon import start_daemon  # noqa: E402
-from support.models import write_identity  # noqa: E402
 
 from benchmarks import grpc_rate, latency, resources  # noqa: E402
 from benchmarks.load import build_native_load, write_frames  # noqa: E402
 from benchmarks.models import write_large, write_picture  # noqa: E402
 from benchmarks.report import Line, machine, show  # noqa: E402
+from support.daemon import start_daemon  # noqa: E402
+from support.models import write_identity  # noqa: E402
 
 BUDGETS = ("1", "2", "3", "4", "6", "10", "11")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from appliance_client import Client
 
+from appliance_client import Client
 from benchmarks.load import native_load
 from benchmarks.peers import peer
 from benchmarks.report import Line, median, percentile

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
+
 from support.models import save
 
 

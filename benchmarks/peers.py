@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 async def _serve_frames(path: str) -> None:
-    """An asyncio protocol on uvloop that answers each frame of the native protocol with one of the same size as ours."""
+    """An asyncio protocol on uvloop that answers each frame of the native protocol with one as large as ours."""
     from appliance.wire.native import HEADER, TIMINGS, WELCOME, Frame
 
     answer = b"\0" * (TIMINGS.size + 28 + 64)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
-from appliance.inventory import read_inventory
 from rich.console import Console
 from rich.table import Table
+
+from appliance.inventory import read_inventory
 
 
 @dataclass(frozen=True)

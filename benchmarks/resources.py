@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from appliance_client import Client
-from support.daemon import RunningDaemon, start_daemon
 
+from appliance_client import Client
 from benchmarks.report import Line, median
+from support.daemon import RunningDaemon, start_daemon
 
 _IDLE_SECONDS = 10.0
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
 from typing import Final
 
-from appliance_client import AdminClient, ApplianceError
 from report import as_json, show
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transports import TRANSPORTS, Ask, Endpoints, RefusedError
 from trials import TOLERANCE, Outcome, SampleModel, Trial, problems_of, read_models
+
+from appliance_client import AdminClient, ApplianceError
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 

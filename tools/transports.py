@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Final
 
 import grpc
+
 from appliance_client import Client
 from appliance_client.wire.open_inference_pb2 import ModelInferRequest, ModelInferResponse
 

@@ -83,8 +83,8 @@ class LimitsSection(_Section):
         max_connections: Connections of one transport.
         max_connections_per_uid: Connections of one user on the native socket.
         max_requests_in_flight: Unanswered requests of one connection.
-        max_unsent_bytes: Answers a connection may leave unread: beyond them it gets errors, and it is closed where it
-            reads nothing for `header_seconds`.
+        max_unsent_bytes: Answers a connection may leave unread. Beyond them a native client gets errors, and is closed
+            where it reads nothing for `header_seconds`; a gRPC client is closed at once.
         header_seconds: Time for a handshake, a frame or a request's headers to arrive.
     """
 

@@ -218,7 +218,8 @@ class Instance:
         self.accepts = False
         self._is_closing = True
         try:
-            await asyncio.wait_for(self._wait_idle(), grace_seconds)
+            async with asyncio.timeout(grace_seconds):
+                await self._wait_idle()
         except TimeoutError:
             _log.warning("%s: requests were still running after %g s", self._manifest.name, grace_seconds)
 
@@ -366,7 +367,7 @@ class Instance:
 
     def _pump(self) -> None:
         self._pump_handle = None
-        while self._free and self._link is not None:
+        while self._free and self._link is not None and not self._link.is_lost:
             if self._suspects and self._must_wait():
                 break
             slot = self._free[-1]
@@ -435,6 +436,13 @@ class Instance:
 
     def on_done(self, packet: memoryview, attached: Slab | None) -> None:
         """Scatter a batch's answers (called by the link)."""
+        try:
+            self._take_answers(packet, attached)
+        finally:
+            if attached is not None:
+                attached.close()
+
+    def _take_answers(self, packet: memoryview, attached: Slab | None) -> None:
         _, number, count, row_errors, batch, decode, copy_in, compute, postprocess, copy_out = (
             frames.DONE_HEADER.unpack_from(packet)
         )
@@ -452,8 +460,6 @@ class Instance:
         timings = Timings(decode, 0, 0, slot.copy_ns + copy_in + copy_out, compute, postprocess)
         rows = self._scatter(slot.calls, table, memory, timings, failed_rows)
         self._statistics.ran(rows, timings, time.time_ns() // 1_000_000)  # shown to people as a date
-        if attached is not None:
-            attached.close()
         self._release(slot)
 
     def _scatter(
@@ -638,8 +644,10 @@ class Instance:
             try:
                 await self.start()
             except Exception as error:  # whatever it is, the model must not stay down for it
-                _log.error("%s: %s", self._manifest.name, error, exc_info=not isinstance(error, ApplianceError))
-                self._set_state(ModelState.RESTARTING, f"restarting: {error}")
+                is_ours = isinstance(error, ApplianceError)
+                _log.error("%s: %s", self._manifest.name, error, exc_info=not is_ours)
+                reason = str(error) if is_ours else "its worker could not be started"
+                self._set_state(ModelState.RESTARTING, f"restarting: {reason}")
                 self._crashes_ns.append(time.monotonic_ns())
                 continue
             self.restarts += 1

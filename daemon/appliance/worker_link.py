@@ -100,6 +100,7 @@ class WorkerLink:
         pid: Process id, or None before the start.
         loaded: What the worker said of the session it loaded.
         last_heard_ns: When the worker last said anything.
+        is_lost: True once it is gone; `LinkListener.on_lost` follows when it is known how it ended.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, listener: LinkListener, label: str) -> None:
@@ -112,7 +113,7 @@ class WorkerLink:
         self._greeting: asyncio.Future[worker_pb2.Loaded] | None = None
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
         self._buffer = memoryview(bytearray(_PACKET_BYTES))
-        self._is_lost = False
+        self.is_lost = False
         self._is_open = False
         self._loss: asyncio.Task[None] | None = None
         self._mapped: set[int] = set()
@@ -142,7 +143,7 @@ class WorkerLink:
             self.send(packet)
             async with asyncio.timeout(timeout_seconds):
                 self.loaded = await greeting
-            if self._is_lost:
+            if self.is_lost:
                 raise WorkerLost("cannot load the model: the worker ended as soon as it had")
         except TimeoutError:
             await self.close()
@@ -201,7 +202,7 @@ class WorkerLink:
 
     def send(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send a packet, or keep it until the worker has taken what it was sent before."""
-        if self._socket is None or self._is_lost:
+        if self._socket is None or self.is_lost:
             return
         if not self._outgoing:
             try:
@@ -283,9 +284,9 @@ class WorkerLink:
         return Slab.adopt(descriptors[0], os.fstat(descriptors[0]).st_size)
 
     def _lose(self) -> None:
-        if self._is_lost:
+        if self.is_lost:
             return
-        self._is_lost = True
+        self.is_lost = True
         self._close_socket()
         self._loss = self._loop.create_task(self._report_loss())
 
@@ -311,7 +312,7 @@ class WorkerLink:
 
     async def close(self) -> None:
         """End the worker without telling the listener, and reap it."""
-        self._is_lost = True
+        self.is_lost = True
         self._is_open = False
         self._close_socket()
         await self._end_process()

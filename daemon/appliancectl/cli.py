@@ -5,8 +5,8 @@ import sys
 from typing import Any
 
 import click
-from appliance_client.errors import ApplianceError
 
+from appliance_client.errors import ApplianceError
 from appliancectl import failure
 from appliancectl.bench import bench
 from appliancectl.completion import completion

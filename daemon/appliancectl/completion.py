@@ -3,8 +3,8 @@
 from contextlib import suppress
 
 import click
-from appliance_client.errors import ApplianceError
 
+from appliance_client.errors import ApplianceError
 from appliancectl.target import Target
 
 SHELLS = ("bash", "zsh", "fish")

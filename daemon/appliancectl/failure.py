@@ -5,6 +5,7 @@ import sys
 from typing import Final
 
 import click
+
 from appliance_client.errors import ApplianceError, ConnectionLost, DaemonUnreachable
 
 REFUSED: Final = 1

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from appliance_client import InvalidRequest, Tensor
 from appliance_client.tensors import DTYPES
-
 from appliancectl.failure import InputError
 
 if TYPE_CHECKING:
-    from appliance_client.calls import ModelMetadata, TensorMetadata
     from numpy.typing import NDArray
+
+    from appliance_client.calls import ModelMetadata, TensorMetadata
 
 #: Length of a made-up tensor where the model leaves one open that is not the batch.
 _SAMPLE_LENGTH = 16

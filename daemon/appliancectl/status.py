@@ -3,8 +3,8 @@
 from typing import Any
 
 import click
-from appliance_client.errors import DaemonUnreachable
 
+from appliance_client.errors import DaemonUnreachable
 from appliancectl.models import print_models
 from appliancectl.output import duration, print_json, print_pairs, size
 from appliancectl.target import Target, common_options

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
+
 from appliance.backend import Artifact, Execution, Scope, Session, Support, Variant
 from appliance.inventory import Device, Inventory
 from appliance.types import TensorSpec

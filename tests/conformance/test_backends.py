@@ -11,10 +11,11 @@ from importlib import metadata
 
 import numpy as np
 import pytest
+from onnx import TensorProto, checker, helper
+
 from appliance.backend import ENTRY_POINT_GROUP, Artifact, Backend, Execution, Session, Variant
 from appliance.inventory import read_inventory
 from appliance.types import TensorSpec
-from onnx import TensorProto, checker, helper
 
 INVENTORY = read_inventory()
 POINTS = {point.name: point for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}

@@ -18,13 +18,14 @@ from typing import Any
 
 import grpc
 import pytest
+from hpack import Decoder, Encoder
+
 from appliance.config import Config
 from appliance.server.access import METHOD_ROLE
 from appliance.server.http_app import HttpApp
 from appliance.server.oip import CALLS
 from appliance.types import Role
 from appliance.wire import open_inference_pb2 as pb
-from hpack import Decoder, Encoder
 from support import h2
 from support.daemon import FAKE_BACKEND, PATIENCE_SECONDS, RunningDaemon, children, start_daemon
 from support.errors import check_message

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from appliancectl.inputs import grey_png
 
 

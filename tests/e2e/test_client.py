@@ -5,9 +5,10 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import appliance_client
 import numpy as np
 import pytest
+
+import appliance_client
 from appliance_client import (
     AdminClient,
     ApplianceError,

@@ -16,6 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins_fake"))
 
+from fake_backend import MAGIC
+
 from appliance_client import (
     ApplianceError,
     ArtifactCorrupt,
@@ -27,7 +29,6 @@ from appliance_client import (
     NoPlacement,
     WorkerLost,
 )
-from fake_backend import MAGIC
 from support.daemon import (
     FAKE_BACKEND,
     PATIENCE_SECONDS,

@@ -16,8 +16,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins_fake"))
 
-from appliance_client import ApplianceError, AsyncClient, Client, ConnectionLost, ShuttingDown
 from fake_backend import MAGIC
+
+from appliance_client import ApplianceError, AsyncClient, Client, ConnectionLost, ShuttingDown
 from support.askers import GrpcInfer, HttpInfer
 from support.daemon import FAKE_BACKEND, is_alive, start_daemon, wait_until
 from support.models import Gate, write_fake, write_identity

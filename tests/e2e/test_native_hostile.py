@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+
 from appliance.config import LimitsSection
 from appliance.errors import ModelNotFound
 from appliance.server.budget import BodyBudget
 from appliance.server.native_connection import NativeConnection
 from appliance.types import Peer, Role
 from appliance.wire import native
+from appliance.wire.elements import join_elements
 from appliance.wire.native import Frame
 from appliance.wire.open_inference_pb2 import ModelInferRequest
 from appliance_client import Client, Overloaded
@@ -84,6 +86,12 @@ def served(tmp_path_factory: pytest.TempPathFactory):
     write_fake(models / "echo", run_gate=str(gate))
     write_fake(models / "small", batch={"max_queue_size": 3, "max_queue_bytes": 150}, run_gate=str(gate))
     write_fake(models / "hasty", batch={"default_timeout_ms": 300}, run_gate=str(gate))
+    write_fake(
+        models / "pair",
+        inputs=[["a", "UINT8", [-1, -1]], ["b", "UINT8", [-1, -1]]],
+        outputs=[["c", "UINT8", [-1, -1]], ["d", "UINT8", [-1, -1]]],
+        run_gate=str(gate),
+    )
     wide = [-1, 65536]
     write_fake(models / "large", inputs=[["x", "FP32", wide]], outputs=[["y", "FP32", wide]], run_gate=str(gate))
     with start_daemon(tmp_path_factory.mktemp("run"), models, environment=FAKE_BACKEND, limits=LIMITS) as running:
@@ -431,6 +439,36 @@ def test_a_connection_has_so_many_requests_in_flight(served):
         assert {client.read().id for _ in range(1024)} == set(range(1, 1025))
 
 
+def test_a_batch_may_fill_its_slab_to_the_last_byte(served):
+    """Two requests whose tensors are as large as the slab, alignment not counted, on a busy worker."""
+    served.gate.shut()
+    wait = request("pair", ("a", "UINT8", (1, 1)), ("b", "UINT8", (1, 1)))
+    half = request("pair", ("a", "UINT8", (1, MIB // 4 - 1)), ("b", "UINT8", (1, MIB // 4 + 1)))
+    contents = {number: bytes([number]) * (MIB // 2) for number in (3, 4)}
+    with served.native() as client:
+        for number in (1, 2):
+            client.send(infer_frame(number, wait, bytes([int(WAIT), 0])))
+            wait_until(lambda: served.model("pair")["running"] == number, "it runs")  # noqa: B023
+        client.send(b"".join(infer_frame(number, half, content) for number, content in contents.items()))
+        wait_until(lambda: served.model("pair")["queued"] == 2, "two wait")
+        served.gate.open()
+        answers = {answer.id: answer.tail for answer in (client.read() for _ in range(4))}
+        assert {number: answers[number] for number in contents} == contents
+
+
+def test_a_deadline_is_kept_while_texts_before_it_are_tokenised(daemon):
+    """The threads that tokenise are busy with long texts; the short one is answered before any of them."""
+    message = request("language-id", ("text", "BYTES", (1, 1)))
+    with Native(daemon.infer_socket) as client:
+        long = join_elements([b"where is the station " * 25_000])
+        client.send(b"".join(infer_frame(number, message, long) for number in range(1, 7)))
+        client.send(infer_frame(7, message, join_elements([b"hello"]), timeout_us=1000))
+        first = client.read()
+        assert (first.id, first.error[0]) == (7, "deadline-exceeded")
+        client.send(b"".join(frame(Frame.CANCEL, number) for number in range(1, 7)))
+        assert {client.read().id for _ in range(6)} == set(range(1, 7))
+
+
 @pytest.mark.parametrize("extra", [1, 2**32 - 1 - 8 * MIB])
 def test_a_frame_over_the_limit_ends_the_connection_and_takes_no_memory(served, extra):
     before = resident_bytes(served.running.pid)
@@ -628,6 +666,8 @@ def test_the_parser_survives_random_bytes_in_random_pieces(first):
                 engine=_NoModels(),
                 limits=LimitsSection(max_request_bytes=100_000, max_requests_in_flight=4),
                 budget=BodyBudget(150_000),
+                regions=0,
+                max_regions=4,
                 left=left.append,
             )
             connection = NativeConnection(lobby, theirs, Peer("native", Role.ADMIN, 0, 0, 0))

@@ -4,11 +4,13 @@ import struct
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
+
 from appliance.wire.elements import join_elements
 from appliance.wire.native import Frame
 from support.daemon import FAKE_BACKEND, resident_bytes, start_daemon
 from support.errors import check_message
-from support.models import write_fake, write_identity
+from support.models import save, write_fake, write_identity
 from support.native import Native, frame, infer_frame, request
 from support.transports import OK, TRANSPORTS, HttpTransport, Input, NativeTransport, Request
 
@@ -21,6 +23,12 @@ def served(tmp_path_factory: pytest.TempPathFactory):
     """Models of every kind: batched, of two inputs, of any shape, of strings, a scalar."""
     models = tmp_path_factory.mktemp("models")
     write_identity(models / "identity")
+    save(
+        models / "nonzero",
+        [helper.make_node("NonZero", ["x"], ["y"])],
+        [("x", TensorProto.FLOAT, ["n"])],
+        [("y", TensorProto.INT64, [1, "m"])],
+    )
     row = [-1, 4]
     write_fake(
         models / "two",
@@ -286,6 +294,16 @@ def test_shapes_never_mix_in_a_batch(served):
         client.send(b"".join(frames))
         got = {answer.id: answer.tail for answer in (client.read() for _ in expected)}
     assert got == expected
+
+
+def test_outputs_may_change_their_shape_with_every_request(served):
+    """More shapes than heads of answers are kept."""
+    with Native(served.infer_socket) as client:
+        for number in range(1, 101):
+            content = np.tile(np.array([0, 1], np.float32), number)
+            answer = client.infer(number, request("nonzero", ("x", "FP32", (2 * number,))), content.tobytes())
+            assert list(answer.response.outputs[0].shape) == [1, number]
+            assert np.frombuffer(answer.tail, np.int64).tolist() == list(range(1, 2 * number, 2))
 
 
 def test_calls_are_checked_like_requests(served):

@@ -1,8 +1,10 @@
 """Shared memory from clients: what is no sealed memfd is refused, what is one cannot hurt, and nothing is left."""
 
+import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import select
 import shutil
 import socket
@@ -10,9 +12,14 @@ import struct
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from appliance.config import LimitsSection
+from appliance.server import listen
+from appliance.server.native import NativeServer
 from appliance.wire import native
 from appliance.wire.elements import join_elements
 from appliance.wire.native import Frame
@@ -281,6 +288,36 @@ def test_a_connection_has_so_many_regions(served):
         client.send(frame(Frame.RELEASE, 10))
         assert client.read().kind == Frame.RELEASED
         assert client.register(65, region.fd, 4096).kind == Frame.REGION_READY
+
+
+def test_all_connections_together_have_so_many_regions(tmp_path, monkeypatch):
+    """A quarter of the descriptors at most, so that enough are left for connections and models."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (80, 80))
+    path = tmp_path / "infer.sock"
+
+    def converse() -> None:
+        with Native(str(path)) as one, Native(str(path)) as other, Memory(4096) as region:
+            for number in range(1, 7):
+                assert one.register(number, region.fd, 4096).kind == Frame.REGION_READY
+            for number in range(1, 5):
+                assert other.register(number, region.fd, 4096).kind == Frame.REGION_READY
+            kind, message = other.register(5, region.fd, 4096).error
+            assert kind == "overloaded"
+            check_message(message)
+            one.send(frame(Frame.RELEASE, 3))
+            assert one.read().kind == Frame.RELEASED
+            assert other.register(6, region.fd, 4096).kind == Frame.REGION_READY
+            assert one.register(3, region.fd, 4096).error[0] == "overloaded"
+
+    async def serve() -> None:
+        server = NativeServer(SimpleNamespace(accepting=True), LimitsSection(), frozenset())
+        server.start(listen.unix_socket(path))
+        await asyncio.to_thread(converse)
+        server.stop_accepting()
+        await server.stop()
+        assert server.regions == 0
+
+    asyncio.run(serve())
 
 
 SIZE = native.REGION_SIZE.pack(4096)

@@ -16,6 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 sys.path.append(str(Path(__file__).parents[1] / "plugins_fake"))
 
+from fake_backend import MAGIC
+
 from appliance_client import (
     ApplianceError,
     ArtifactCorrupt,
@@ -26,7 +28,6 @@ from appliance_client import (
     ModelNotFound,
     ModelNotReady,
 )
-from fake_backend import MAGIC
 from support.askers import GrpcInfer, HttpInfer
 from support.daemon import FAKE_BACKEND, PATIENCE_SECONDS, start_daemon, wait_until
 from support.models import Gate, save, write_fake

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
-from appliance.wire import open_inference_pb2 as pb
 from onnx import TensorProto
+from tritonclient.utils import InferenceServerException
+
+from appliance.wire import open_inference_pb2 as pb
 from support.daemon import PATIENCE_SECONDS, start_daemon
 from support.models import write_identity
-from tritonclient.utils import InferenceServerException
 
 ROW = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 16)
 HEALTH = "/grpc.health.v1.Health/"

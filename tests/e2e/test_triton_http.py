@@ -228,6 +228,7 @@ def test_half_precision_travels(own_daemon, tmp_path, binary):
     """FP16 and BF16 go in as binary data and come back as binary data or as JSON numbers."""
     import ml_dtypes
     from onnx import TensorProto
+
     from support.models import write_identity
 
     models = tmp_path / "models"

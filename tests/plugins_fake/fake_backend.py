@@ -38,6 +38,7 @@ import time
 from typing import ClassVar
 
 import numpy as np
+
 from appliance.backend import Execution, Support, Variant
 from appliance.types import TensorSpec
 

@@ -6,6 +6,7 @@ import socket
 
 import grpc
 import numpy as np
+
 from appliance.wire import open_inference_pb2 as pb
 
 

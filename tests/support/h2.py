@@ -4,12 +4,12 @@ import asyncio
 import socket
 from types import SimpleNamespace
 
+from hpack import Decoder, Encoder
+
 from appliance.config import Config
 from appliance.server.grpc import GrpcServer
 from appliance.server.h2 import frames
 from appliance.server.h2.connection import Connection
-from hpack import Decoder, Encoder
-
 from support.echo_engine import EchoEngine
 
 OIP = "/inference.GRPCInferenceService/"

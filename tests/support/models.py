@@ -35,7 +35,7 @@ def write_identity(
 
 
 def write_fake(directory: Path, manifest: str = "", version: int = 1, batch: dict | None = None, **behaviour) -> Path:
-    """A model of the fake backend: `manifest` is TOML for the top level, `batch` its section, the rest its behaviour."""
+    """A model of the fake backend: `manifest` is top-level TOML, `batch` its section, the rest its behaviour."""
     path = directory / str(version) / "model.fake"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(behaviour))

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from appliance.wire import native
 from appliance.wire.native import Frame
 from appliance.wire.open_inference_pb2 import ModelInferRequest, ModelInferResponse
-
 from support.daemon import PATIENCE_SECONDS
 
 HELLO = native.HEADER.pack(8, Frame.HELLO, 0, 0, 0, 0, 0) + native.HELLO.pack(native.MAGIC, native.VERSION, 0)

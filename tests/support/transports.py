@@ -8,9 +8,9 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import grpc
+
 from appliance.wire.native import Frame
 from appliance.wire.open_inference_pb2 import ModelInferRequest, ModelInferResponse
-
 from support.daemon import PATIENCE_SECONDS
 from support.native import Native, infer_frame
 

@@ -51,6 +51,7 @@ class ScriptedWorker:
         self.runs: list[Run] = []
         self.sent: list[bytes] = []
         self.slots: list[Slot] = []
+        self.is_lost = False
         self.was_killed = False
         self.was_closed = False
 
@@ -105,6 +106,7 @@ class ScriptedWorker:
 
     def die(self, reason: str = "was ended by SIGKILL") -> None:
         """Be gone."""
+        self.is_lost = True
         self._listener.on_lost(reason)
 
 

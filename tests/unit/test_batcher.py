@@ -4,6 +4,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+
 from appliance.batcher import Batcher, EagerPolicy
 from appliance.call import FINISHED, NEW, QUEUED, RUNNING, Call, Plan
 from appliance.errors import Overloaded

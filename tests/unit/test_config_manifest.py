@@ -5,12 +5,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+
 from appliance.artifacts import resolve_inside, verify_digest
 from appliance.config import Config, LimitsSection, parse_config, read_config, split_address
 from appliance.errors import ArtifactCorrupt, ConfigError, InvalidManifest, InvalidRequest
 from appliance.manifest import check_model_name, parse_manifest, read_manifest
 from appliance.types import Role
-from pydantic import BaseModel
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = (REPOSITORY / "config.toml").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from appliance import deadline as deadline_module
 from appliance.call import FINISHED, NEW
 from appliance.deadline import Deadlines

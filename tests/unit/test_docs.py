@@ -6,6 +6,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+
 from appliance import errors
 from appliance import main as daemon
 from appliance.config import BackendSection, Config, parse_config
@@ -13,7 +15,6 @@ from appliance.manifest import Manifest
 from appliance.server.status import GRPC_STATUS, HTTP_STATUS
 from appliance.types import ModelState
 from appliancectl.cli import cli
-from pydantic import BaseModel
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "recipes/README.md"])

@@ -353,6 +353,26 @@ def test_death_fails_what_runs_keeps_what_waits_and_says_so_first():
     run(scenario)
 
 
+def test_calls_that_come_between_the_loss_and_its_report_wait_for_the_restart():
+    """The worker is gone, but how it ended is not known yet: nothing is handed to it any more."""
+
+    async def scenario():
+        instance, crew = await started()
+        ledger = Ledger()
+        first = crew.worker
+        first.is_lost = True
+        instance.submit(make_call(instance, ledger, 1))
+        await turns()
+        assert first.runs == []
+        first.die()
+        await turns(10)
+        crew.worker.answer()
+        assert set(ledger.answers) == {1}
+        await instance.close()
+
+    run(scenario)
+
+
 def test_a_restart_that_fails_for_any_reason_is_tried_again(caplog):
     """Out of descriptors, say, which is no error of the appliance's own."""
 

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from appliance.errors import ConfigError
 from appliance.server import listen
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from appliance.backend import Variant
 from appliance.errors import InvalidManifest, NoPlacement
 from appliance.manifest import Manifest, PlacementSection

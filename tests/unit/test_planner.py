@@ -6,6 +6,7 @@ import struct
 from types import SimpleNamespace
 
 import pytest
+
 from appliance.errors import InvalidRequest
 from appliance.manifest import ArtifactEntry, ClassificationSection, ImageSection, Manifest, TextSection
 from appliance.planner import MAX_BYTES_ELEMENTS, TEXT_INDEX, check_contents, make_plan, signature_of

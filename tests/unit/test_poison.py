@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from appliance.errors import InvalidRequest
 from appliance.poison import Suspects
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from appliance.call import Call, Plan, RegionView
 from appliance.errors import InvalidRequest, Overloaded
 from appliance.region import Region

@@ -4,10 +4,11 @@ import json
 import threading
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
 from appliance.errors import BackendError, InvalidManifest, InvalidRequest
 from appliance.manifest import TextSection
 from appliance.text import TextEncoder
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = {"[pad]": 0, "[unk]": 1, "[cls]": 2, "[sep]": 3, "a": 4, "b": 5, "c": 6}
 

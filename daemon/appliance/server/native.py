@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import socket
 import time
 from collections import Counter
@@ -29,6 +30,8 @@ _EXHAUSTED_SECONDS: Final = 0.2
 _SWEEP_SECONDS: Final = 1.0
 #: How long answers already written may take to leave when the server stops.
 _FLUSH_SECONDS: Final = 2.0
+#: A region takes two descriptors, and all regions together a quarter of those there are.
+_DESCRIPTORS_PER_REGION: Final = 8
 #: Frames of the largest size that may be on their way at a time.
 _BUDGET_REQUESTS: Final = 4
 
@@ -40,12 +43,16 @@ class NativeServer:
         engine: Who answers.
         limits: Bounds of every connection.
         budget: Bytes that large frames on their way may hold together.
+        regions: Regions registered on all connections.
+        max_regions: How many there may be.
     """
 
     def __init__(self, engine: "Engine", limits: LimitsSection, admin_uids: Container[int]) -> None:
         self.engine = engine
         self.limits = limits
         self.budget = BodyBudget(_BUDGET_REQUESTS * limits.max_request_bytes)
+        self.regions = 0
+        self.max_regions = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_PER_REGION
         self._admin_uids = admin_uids
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None

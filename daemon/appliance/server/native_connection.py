@@ -66,7 +66,8 @@ class Lobby(Protocol):
     engine: "Engine"
     limits: LimitsSection
     budget: BodyBudget
-    regions: RegionBudget
+    regions: int  # registered on all connections
+    max_regions: int
 
     def left(self, connection: "NativeConnection") -> None:
         """The connection is closed."""
@@ -326,20 +327,26 @@ class NativeConnection:
                 raise InvalidRequest(f"cannot register region {number}: it is registered already")
             if len(self._regions) >= self._limits.max_regions:
                 raise Overloaded(f"cannot register the region: max_regions is {self._limits.max_regions}")
-            self._lobby.regions.check()
+            if self._lobby.regions >= self._lobby.max_regions:
+                raise Overloaded("cannot register the region: all connections together hold as many as they may")
             if size > self._limits.max_region_bytes:
                 raise InvalidRequest(
                     f"cannot register the region: it has {size} bytes and max_region_bytes is "
                     f"{self._limits.max_region_bytes}"
                 )
             taken, fd = fd, -1
-            self._regions[number] = Region(Slab.adopt(taken, size), lambda: self._send(Frame.RELEASED, number, b""))
+            self._regions[number] = Region(Slab.adopt(taken, size), lambda: self._freed(number))
+            self._lobby.regions += 1
             self._send(Frame.REGION_READY, number, b"")
         except ApplianceError as error:
             self._send_error(number, error)
         finally:
             if fd >= 0:
                 os.close(fd)
+
+    def _freed(self, number: int) -> None:
+        self._lobby.regions -= 1
+        self._send(Frame.RELEASED, number, b"")
 
     def _call(self, number: int, body: bytes) -> None:
         if number in self._calls or number in self._tasks:

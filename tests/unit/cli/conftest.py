@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+
 from appliancectl.cli import main
 
 MODEL = {

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from appliancectl.cli import cli
 from appliancectl.failure import _ADVICE
 from appliancectl.output import duration, size

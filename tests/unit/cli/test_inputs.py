@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from appliance_client.calls import ModelMetadata, TensorMetadata
 from appliance_client.tensors import DTYPES
 from appliancectl.failure import InputError

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from appliance.types import ITEM_BYTES
 from appliance.wire import native
 from appliance.wire import open_inference_pb2 as pb

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler
 
 import pytest
+
 from appliance_client import (
     AdminClient,
     ApplianceError,

@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+
 from appliance.wire import open_inference_pb2 as pb
 from appliance.wire.native import Frame
 from appliance_client import (

@@ -5,9 +5,10 @@ import pickle
 import socket
 import threading
 
-import appliance_client
 import numpy as np
 import pytest
+
+import appliance_client
 from appliance import errors as daemon_errors
 from appliance.wire import native
 from appliance.wire.native import Frame

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
 from appliance_client import ProtocolError
 from appliance_client.frames import BUFFER_BYTES, FrameReader
 from appliance_client.messages import Codec

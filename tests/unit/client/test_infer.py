@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from appliance.wire.native import Frame
 from appliance_client import Client, InvalidRequest, Tensor
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 from appliance.wire.native import FLAG_MORE, Frame
 from appliance_client import ApplianceError, AsyncClient, Client, DeadlineExceeded, InvalidRequest, ModelNotFound
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import appliance_client
 import pytest
+
+import appliance_client
 from appliance_client import endpoints
 
 PACKAGE = Path(appliance_client.__file__).parent

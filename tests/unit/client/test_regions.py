@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from appliance.wire.native import Frame
 from appliance_client import AsyncClient, Client, ConnectionLost, InvalidRequest
 from appliance_client.regions import Region, RegionPool

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import appliance.errors
-import appliance.wire.native as daemon
 import numpy as np
 import pytest
+
+import appliance.errors
+import appliance.wire.native as daemon
 from appliance.server.access import METHOD_ROLE
 from appliance.wire import open_inference_pb2 as pb
 from appliance_client import Tensor, calls

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 import uvloop
+
 from appliance.config import Config
 from appliance.errors import KINDS, Overloaded
 from appliance.server import listen

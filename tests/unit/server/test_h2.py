@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hpack import Decoder, Encoder
+
 from appliance.errors import ModelNotFound
 from appliance.server.h2 import frames
 from appliance.server.h2.fields import MAX_BLOCK_BYTES, FieldBlocks, encode_fields
@@ -15,7 +17,6 @@ from appliance.server.h2.frames import Code
 from appliance.server.h2.inflow import FIRST_WINDOW, Inflow
 from appliance.server.h2.stream import Stream
 from appliance.wire import open_inference_pb2 as pb
-from hpack import Decoder, Encoder
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

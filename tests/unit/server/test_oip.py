@@ -6,6 +6,7 @@ import resource
 import struct
 
 import pytest
+
 from appliance.errors import ApplianceError, InvalidRequest, ModelNotFound, PermissionDenied, Unimplemented
 from appliance.metrics import ModelStatistics
 from appliance.server import oip

@@ -6,6 +6,7 @@ import math
 import struct
 
 import pytest
+
 from appliance.errors import BackendError, InvalidRequest, Overloaded
 from appliance.server import rest
 from appliance.server.rest_elements import elements_of, elements_to_bytes

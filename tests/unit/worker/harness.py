@@ -12,10 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto, helper
+
 from appliance.manifest import Manifest
 from appliance.wire import worker as wire
 from appliance.wire import worker_pb2
-from onnx import TensorProto, helper
 
 FAKES = Path(__file__).parents[2] / "plugins_fake"
 #: Seconds after which a worker that says nothing is a failure.

@@ -7,6 +7,8 @@ import zlib
 import numpy as np
 import pytest
 import worker_harness as harness
+from PIL import Image
+
 from appliance.errors import InvalidManifest
 from appliance.manifest import ClassificationSection, ImageSection
 from appliance.types import TensorSpec
@@ -14,7 +16,6 @@ from appliance.wire import worker as wire
 from appliance.wire import worker_pb2
 from appliance.worker.classification import Classifier, read_labels
 from appliance.worker.image import Decoder, UndecodableImage
-from PIL import Image
 
 SIZE = (4, 4)
 

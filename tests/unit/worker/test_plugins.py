@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import worker_harness as harness
+
 from appliance import plugins
 from appliance.inventory import Device, Inventory
 from appliance.plugins import PluginStatus, discover

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 import worker_harness as harness
+from onnx import TensorProto
+
 from appliance.wire import worker as wire
 from appliance.wire import worker_pb2
-from onnx import TensorProto
 
 ROW = np.arange(16, dtype=np.float32).reshape(1, 16)
 

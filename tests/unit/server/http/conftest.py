@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import uvloop
+
 from appliance.config import Config
 from appliance.errors import ModelNotFound
 from appliance.inventory import Device, Inventory

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from appliance import __version__
 from appliance.errors import KINDS, ApplianceError, NoPlacement
 from appliance.server.access import METHOD_ROLE
