@@ -137,3 +137,20 @@ class Scatterer:
         if end == len(packet):
             self._kept[key] = (table, end)
         return table, end
+
+
+def read_row_errors(packet: memoryview, start: int, count: int) -> dict[int, str]:
+    """Row errors of a DONE packet by row.
+
+    Raises:
+        ValueError: The packet is shorter than it says.
+    """
+    errors = {}
+    for _ in range(count):
+        if len(packet) - start < frames.ROW_ERROR.size:
+            raise ValueError("cannot read the packet: its row errors are truncated")
+        row, length = frames.ROW_ERROR.unpack_from(packet, start)
+        start += frames.ROW_ERROR.size
+        errors[row] = bytes(packet[start : start + length]).decode("utf-8", "replace")
+        start += length
+    return errors

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from appliance.batcher import Batcher, EagerPolicy
-from appliance.call import FINISHED, NEW, QUEUED, RUNNING, Call, OutputTable, Plan, Sink
+from appliance.call import FINISHED, NEW, QUEUED, RUNNING, Call, OutputTable, Sink
 from appliance.config import WorkersSection
+from appliance.crashes import CrashHistory
 from appliance.deadline import Deadlines
 from appliance.errors import (
     ApplianceError,
@@ -24,13 +25,14 @@ from appliance.errors import (
     ModelNotReady,
     WorkerLost,
 )
-from appliance.gather import Gatherer, Scatterer
+from appliance.gather import Gatherer, Scatterer, read_row_errors
 from appliance.manifest import Manifest
 from appliance.metrics import ModelStatistics
-from appliance.planner import Signature, check_text, make_plan, signature_of
+from appliance.planner import Signature, check_text, signature_of
 from appliance.poison import Suspects
 from appliance.slab import ALIGNMENT, Slab, aligned
 from appliance.text import Tokens
+from appliance.text_plans import TextPlans
 from appliance.types import ITEM_BYTES, ModelState, TensorSpec, Timings
 from appliance.wire import worker as frames
 from appliance.wire import worker_pb2
@@ -45,13 +47,7 @@ _MIN_SLAB_BYTES: Final = 1 << 20
 _MAX_SLAB_BYTES: Final = 1 << 26
 #: What a dynamic dimension counts for when slabs are sized.
 _GUESSED_DIMENSION: Final = 256
-#: Plans for tokenised texts kept; all are dropped when there are more.
-_MAX_TEXT_PLANS: Final = 256
 _RUN: Final = int(frames.Kind.RUN)
-_MINUTE_NS: Final = 60_000_000_000
-_BACKOFF_LIMIT_SECONDS: Final = 30.0
-#: A quarantine this long ago does not lengthen the next one.
-_FORGET_NS: Final = 3600_000_000_000
 
 
 #: How an instance gets a link to a worker that it has still to start.
@@ -128,9 +124,7 @@ class Instance:
         self._pump_handle: asyncio.Handle | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._watch_due_ns = 0
-        self._crashes_ns: list[int] = []
-        self._quarantines = 0
-        self._released_ns = 0
+        self._crashes = CrashHistory(settings)
         self._suspects = Suspects()
         self._restart: asyncio.Task[None] | None = None
         self._idle: asyncio.Event = asyncio.Event()
@@ -139,7 +133,7 @@ class Instance:
         self.default_timeout_us = manifest.batch.default_timeout_ms * 1000
         self._held = 0
         self._held_bytes = 0
-        self._text_plans: dict[tuple[object, ...], Plan] = {}
+        self._text_plans = TextPlans(self)
         self.state = ModelState.LOADING
         self.reason = ""
         self.loaded = worker_pb2.Loaded()
@@ -332,36 +326,14 @@ class Instance:
         self._note_progress()
 
     def give_tokens(self, call: Call, place: int, tokens: Tokens) -> None:
-        """Put token ids in the place of a call's texts, and the plan for them in the place of its plan."""
-        plan, section = call.plan, self._manifest.text
-        if section is None:
+        """Put token ids in the place of a call's texts, and the plan for them in the place of its plan.
+
+        Raises:
+            BackendError: The model takes no text.
+        """
+        if self._manifest.text is None:
             raise BackendError("cannot run the request: the model takes no text")
-        made = [(section.ids, tokens.ids), *([(section.mask, tokens.mask)] if section.mask else [])]
-        key = (plan.signature, plan.outputs, plan.rows, tokens.length)
-        known = self._text_plans.get(key)
-        if known is None:
-            rows = (plan.rows,) if self.signature.max_batch_size else ()
-            names = {index: name for name, (index, _) in self.signature.inputs.items()}
-            others = [
-                (names[tensor.place], tensor.datatype, (*rows, *tensor.row_shape))
-                for tensor in plan.tensors
-                if tensor.place >= 0
-            ]
-            heads = [*((name, "INT64", (*rows, tokens.length)) for name, _ in made), *others]
-            known = make_plan(
-                self, self.signature, heads, [self.signature.output_names[index] for index in plan.outputs]
-            )
-            if len(self._text_plans) >= _MAX_TEXT_PLANS:
-                self._text_plans.clear()
-            self._text_plans[key] = known
-        rest = [content for other, content in enumerate(call.contents) if other != place]
-        if call.region_views:
-            views = [view for other, view in enumerate(call.region_views) if other != place]
-            call.region_views = [*(None for _ in made), *views]
-        call.plan = known
-        call.contents = [*(content for _, content in made), *rest]
-        call.nbytes = sum(len(content) for content in call.contents)
-        call.tokenise_ns = tokens.took_ns
+        self._text_plans.give(call, place, tokens, self._manifest.text)
 
     # ---------------------------------------------------------------- collect, run, scatter
 
@@ -452,7 +424,7 @@ class Instance:
             return
         try:
             table, end = self._scatterer.table(packet, count)
-            failed_rows = _row_errors(packet, end, row_errors) if row_errors else {}
+            failed_rows = read_row_errors(packet, end, row_errors) if row_errors else {}
         except ValueError:
             self._break_contract("sent a packet that breaks the format")
             return
@@ -598,7 +570,7 @@ class Instance:
         running = [call for slot in self._slots for call in slot.calls]
         for call in running:
             self._suspects.blame(call, len(running) == 1, now)
-        self._crashes_ns = [*(crash for crash in self._crashes_ns if now - crash < _MINUTE_NS), now]
+        self._crashes.note(now)
         self._set_state(ModelState.RESTARTING, f"restarting: its worker {reason}")
         self._fail_running(
             WorkerLost(f"cannot finish the request: the worker of model {self._manifest.name!r} {reason}")
@@ -634,56 +606,30 @@ class Instance:
 
     async def _restart_worker(self) -> None:
         """Start a worker again, at once after a first crash, with back-off after more; quarantine after too many."""
-        delay = 0.0
         while True:
-            if len(self._crashes_ns) >= self._settings.crashes_to_quarantine:
-                await self._quarantine()
-            elif len(self._crashes_ns) > 1:
-                delay = min(max(delay * 2, self._settings.backoff_seconds), _BACKOFF_LIMIT_SECONDS)
-                await asyncio.sleep(delay)
+            quarantine = self._crashes.quarantine_seconds(time.monotonic_ns())
+            if quarantine:
+                reason = (
+                    f"quarantined for {quarantine:g} s: its worker crashed {len(self._crashes)} times within a minute"
+                )
+                self._set_state(ModelState.QUARANTINED, reason)
+                self._fail_queued(self.refusal())
+                await asyncio.sleep(quarantine)
+                self._crashes.release(time.monotonic_ns())
+            else:
+                await asyncio.sleep(self._crashes.backoff_seconds())
             try:
                 await self.start()
             except Exception as error:  # whatever it is, the model must not stay down for it
-                is_ours = isinstance(error, ApplianceError)
-                _log.error("%s: %s", self._manifest.name, error, exc_info=not is_ours)
-                reason = str(error) if is_ours else "its worker could not be started"
-                self._set_state(ModelState.RESTARTING, f"restarting: {reason}")
-                self._crashes_ns.append(time.monotonic_ns())
+                _log.error("%s: %s", self._manifest.name, error, exc_info=not isinstance(error, ApplianceError))
+                self._set_state(ModelState.RESTARTING, f"restarting: {error}")
+                self._crashes.note(time.monotonic_ns())
                 continue
             self.restarts += 1
             self._restart = None
             _log.info("%s: the worker runs again", self._manifest.name)
             return
 
-    async def _quarantine(self) -> None:
-        if time.monotonic_ns() - self._released_ns > _FORGET_NS:
-            self._quarantines = 0
-        seconds = self._settings.quarantine_seconds * 2 ** min(self._quarantines, 4)
-        self._quarantines += 1
-        reason = f"quarantined for {seconds:g} s: its worker crashed {len(self._crashes_ns)} times within a minute"
-        self._set_state(ModelState.QUARANTINED, reason)
-        self._fail_queued(self.refusal())
-        self._crashes_ns.clear()
-        await asyncio.sleep(seconds)
-        self._released_ns = time.monotonic_ns()
-
     def expire(self, call: Call) -> None:
         """Answer a call whose deadline passed (called by `Deadlines`)."""
         self.cancel(call, DeadlineExceeded("cannot answer in time: the deadline has passed"))
-
-
-def _row_errors(packet: memoryview, start: int, count: int) -> dict[int, str]:
-    """Row errors of a DONE packet by row.
-
-    Raises:
-        ValueError: The packet is shorter than it says.
-    """
-    errors = {}
-    for _ in range(count):
-        if len(packet) - start < frames.ROW_ERROR.size:
-            raise ValueError("cannot read the packet: its row errors are truncated")
-        row, length = frames.ROW_ERROR.unpack_from(packet, start)
-        start += frames.ROW_ERROR.size
-        errors[row] = bytes(packet[start : start + length]).decode("utf-8", "replace")
-        start += length
-    return errors

@@ -164,6 +164,7 @@ class Daemon:
         temporary = path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(endpoints), encoding="utf-8")
+            temporary.chmod(0o640)  # for whom the sockets are
             temporary.replace(path)
         except OSError as error:
             raise ConfigError(f"cannot write {str(path)!r}: {error.strerror}") from error
@@ -228,7 +229,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def _run(config: Config, directory: Path, guardian: Guardian) -> None:
-    await Daemon(config, directory, guardian).run()
+    try:
+        await Daemon(config, directory, guardian).run()
+    finally:
+        # The loop's handlers go with it: a second signal while it closes would end an orderly stop as a death.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -125,9 +125,10 @@ def test_sockets_belong_to_the_user_and_the_group_alone(served):
         status = (served.socket_dir / f"{name}.sock").lstat()
         assert stat.S_ISSOCK(status.st_mode)
         assert stat.S_IMODE(status.st_mode) == 0o660
+    assert stat.S_IMODE((served.socket_dir / "endpoints.json").stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
+@pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_modes_do_not_depend_on_the_umask(models, umask):
     with open_directory() as directory:
         before = os.umask(umask)
@@ -462,6 +463,16 @@ def test_sockets_left_by_a_killed_daemon_are_replaced(models):
         with start_daemon(directory, models, environment=FAKE_BACKEND) as second, Native(second.infer_socket) as client:
             assert client.infer(1, ECHO, bytes(64)).tail == bytes(64)
         assert not any((second.socket_dir / f"{name}.sock").exists() for name in SOCKETS)
+
+
+def test_signals_that_keep_coming_while_it_stops_change_nothing(models):
+    with open_directory() as directory:
+        running = start_daemon(directory, models, environment=FAKE_BACKEND)
+        while running.process.poll() is None:
+            running.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.process.wait(0.005)
+        assert running.process.returncode == 0
 
 
 # ---------------------------------------------------------------- workers

@@ -160,7 +160,7 @@ def start_daemon(
     running = RunningDaemon(process, socket_dir, log_path, {})
 
     def listens():
-        assert process.poll() is None, f"the daemon ended: {running.log}"
+        assert process.poll() is None, f"the daemon ended with {process.returncode}: {running.log}"
         return (socket_dir / "endpoints.json").exists()
 
     try:

@@ -1,6 +1,8 @@
 """Configuration and manifests: the defaults, and every problem at once, with a suggestion."""
 
+import contextlib
 import os
+import random
 import tomllib
 from pathlib import Path
 
@@ -261,6 +263,31 @@ def test_names_of_models(name):
 def test_names_that_are_none(name):
     with pytest.raises(InvalidRequest, match="as a model name"):
         check_model_name(name)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_files_are_read_or_refused_and_nothing_else(seed):
+    """The files of the repository with bytes changed, cut out and doubled."""
+    chance = random.Random(seed)
+    sources = [CONFIG, *(path.read_text(encoding="utf-8") for path in sorted(REPOSITORY.glob("models/*/model.toml")))]
+    for _ in range(100):
+        text = chance.choice(sources)
+        for _ in range(chance.randrange(1, 6)):
+            start, end = sorted(chance.randrange(len(text) + 1) for _ in range(2))
+            change = chance.randrange(4)
+            if change == 0:
+                text = text[:start] + chr(chance.choice([0, 10, 34, 39, 45, 61, 91, 93, 0xE9, 0x2028])) + text[start:]
+            elif change == 1:
+                text = text[:start] + text[min(end, start + 30) :]
+            elif change == 2:
+                text = text[:end] + text[start:end][:200] + text[end:]
+            else:
+                value = chance.choice(["-1", "1e400", "nan", "[]", "{}", '""', "2**63", "9" * 400])
+                text = text[:start] + value + text[start:]
+        with contextlib.suppress(ConfigError):
+            parse_config(text)
+        with contextlib.suppress(InvalidManifest):
+            parse_manifest(text, "digits")
 
 
 # ---------------------------------------------------------------- the directory

@@ -668,7 +668,7 @@ def test_there_is_one_watchdog_however_often_the_worker_was_restarted(monkeypatc
         for _ in range(20):
             crew.worker.die()
             await until(lambda: instance.state is ModelState.READY)
-            instance._crashes_ns.clear()
+            instance._crashes._crashes_ns.clear()
         assert len([handle for handle in armed if not handle.cancelled()]) == 1
         await instance.close()
         assert all(handle.cancelled() for handle in armed)

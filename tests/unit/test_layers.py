@@ -23,7 +23,7 @@ LAYERS = {
     },  # read the world, describe it
     2: {
         "batcher", "call", "deadline", "gather", "instance", "metrics", "models", "placement", "planner", "plugins",
-        "poison", "region", "text", "worker_link",
+        "crashes", "poison", "region", "text", "text_plans", "worker_link",
     },  # decide and hold state; each owns its own
     3: {"engine"},  # the one way from a validated request to a result
     4: {"server"},  # transports: decode, call the engine, encode
