@@ -4,6 +4,7 @@ A plan is what validation leaves of a request's head (names, datatypes, shapes, 
 else, so a transport may keep it and reuse it for as long as `Plan.instance` accepts calls.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -193,6 +194,11 @@ class Call:
         self.nbytes = plan.byte_length
         self.is_alone = False
         self.state: CallState = NEW
+
+    def limit(self, *timeouts_us: int) -> None:
+        """Set the deadline by the shortest of some timeouts in microseconds from now, 0 being none."""
+        if any(timeouts_us):
+            self.deadline_ns = time.monotonic_ns() + min(timeout for timeout in timeouts_us if timeout > 0) * 1000
 
     def use_regions(self, views: Sequence[RegionView | None]) -> None:
         """Take the tensors' bytes from regions; `views` has one entry per tensor."""

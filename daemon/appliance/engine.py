@@ -6,7 +6,6 @@ Transports see this interface only. A transport that wants no task per request m
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -321,9 +320,7 @@ class Engine:
         nbytes = check_contents(plan, [tensor.name for tensor in request.inputs], contents)
         waiter = _Waiter(self._loop.create_future())
         call = Call(plan, contents, waiter)
-        limits = [limit for limit in (request.timeout_us, plan.instance.default_timeout_us) if limit > 0]
-        if limits:
-            call.deadline_ns = time.monotonic_ns() + min(limits) * 1000
+        call.limit(request.timeout_us, plan.instance.default_timeout_us)
         call.nbytes = nbytes
         self.submit(request.model, call)
         try:

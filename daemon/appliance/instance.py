@@ -460,7 +460,7 @@ class Instance:
                     call.sink.deliver(call, table, memory, row, timings)
                     statistics.success.add(now - call.admitted_ns)
                     statistics.queue.add(call.queue_ns)
-                if self._suspects:
+                if call.is_alone and self._suspects:
                     self._suspects.absolve(call)
                 sinks.append(call.sink)
             row += taken

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -51,19 +51,22 @@ class _Prepared:
         self.version = self.manifest.versions[-1]
         self.candidates = placements(self.manifest, directory, self.version, records, cache)
         self.encoder = _read_encoder(self.manifest, directory)
-        self.fingerprint = (self.manifest, _files(directory))
+        artifacts = [candidate.load.artifact_path for candidate in self.candidates]
+        self.fingerprint = (self.manifest, _files(directory, artifacts))
 
 
-def _files(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Every file of a model's directory with what changes when it does: weights, tokenizers and labels count alike."""
+def _files(directory: Path, artifacts: Sequence[str]) -> tuple[tuple[str, int, int, int], ...]:
+    """Every file of a model with what changes when it does: weights beside the artifact, tokenizers and labels too.
+
+    Links to directories are not followed, since they may lead in circles; `artifacts` are named for that.
+    """
+    paths = {os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names}
     found = []
-    for folder, _, names in os.walk(directory, followlinks=True):
-        for name in names:
-            path = os.path.join(folder, name)
-            with contextlib.suppress(FileNotFoundError):  # a link to nowhere; whoever needs it says so
-                status = os.stat(path)
-                found.append((path, status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(sorted(found))
+    for path in sorted(paths | set(artifacts)):
+        with contextlib.suppress(FileNotFoundError):  # a link to nowhere; whoever needs it says so
+            status = os.stat(path)
+            found.append((path, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def _read_encoder(manifest: Manifest, directory: Path) -> TextEncoder | None:

@@ -74,6 +74,8 @@ def served(tmp_path_factory: pytest.TempPathFactory):
     write_fake(
         models / "text",
         inputs=ids,
+        run_gate=str(gate),
+        batch={"max_queue_size": 1},
         outputs=[["a", "INT64", [-1, -1]], ["b", "INT64", [-1, -1]], ["c", "FP32", [-1, 16]]],
     )
     with (models / "text" / "model.toml").open("a") as manifest:
@@ -437,6 +439,24 @@ def test_a_text_withdrawn_while_it_is_tokenised_gives_its_region_back(served):
         frames = [infer_frame(2, request("text", *inputs), text), frame(Frame.CANCEL, 2), frame(Frame.RELEASE, 1)]
         client.send(b"".join(frames))
         assert {client.read()[:2] for _ in range(2)} == {(Frame.ERROR, 2), (Frame.RELEASED, 1)}
+
+
+def test_a_text_that_is_refused_gives_its_region_back(served):
+    served.gate.shut()
+    tokens = [("input_ids", "INT64", (1, 1)), ("attention_mask", "INT64", (1, 1)), ("extra", "FP32", (1, 16))]
+    with served.native() as client, Memory(MIB) as region:
+        client.register(1, region.fd, MIB)
+        for number in (2, 3, 4):
+            client.send(infer_frame(number, request("text", *tokens), struct.pack("<qq", WAIT, 1) + row(0)))
+            if number < 4:
+                served.wait_until_running(number - 1, "text")
+        wait_until(lambda: served.running.model("text")["queued"] == 1, "the queue is full")
+        inputs = [("text", "BYTES", (1, 1)), ("extra", "FP32", (1, 16), (1, 0, ROW_BYTES))]
+        assert client.infer(5, request("text", *inputs), join_elements([b"hello"])).error[0] == "overloaded"
+        client.send(frame(Frame.RELEASE, 1))
+        assert client.read()[:2] == (Frame.RELEASED, 1)
+        served.gate.open()
+        assert {client.read()[:2] for _ in range(3)} == {(Frame.RESULT, number) for number in (2, 3, 4)}
 
 
 def test_strings_in_a_region_are_checked_on_a_copy(served):

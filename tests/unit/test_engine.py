@@ -214,3 +214,29 @@ def test_a_directory_that_is_no_models_is_left_alone(tmp_path):
         assert [status.name for status in engine.statuses()] == ["model"]
 
     run(tmp_path, scenario)
+
+
+def test_only_a_model_that_changed_on_disk_is_loaded_anew(tmp_path):
+    """Any of its files counts, also one that the manifest does not name; links that lead in circles do no harm."""
+    directory, log = tmp_path / "models" / "model", tmp_path / "log"
+    write_fake(directory, load_log=str(log))
+    (directory / "circle").symlink_to(directory)
+    (directory / "nowhere").symlink_to(tmp_path / "absent")
+
+    def loads() -> int:
+        return len(log.read_text().split())
+
+    async def scenario(engine):
+        await engine.start()
+        await engine.load("model")
+        assert loads() == 1
+        (directory / "1" / "weights.bin").write_bytes(b"1")
+        await engine.load("model")
+        await engine.load("model")
+        assert loads() == 2
+        (directory / "1" / "weights.bin").write_bytes(b"22")
+        await engine.load("model")
+        assert loads() == 3
+        assert engine.statuses()[0].state is ModelState.READY
+
+    run(tmp_path, scenario)

@@ -195,7 +195,7 @@ IGNORANT = {
     "appliance.batcher": ({"asyncio", "socket", "time"}, "the queue knows no clock and no connection"),
     "appliance.planner": ({"asyncio", "socket", "time", "os"}, "checking a head is arithmetic"),
     "appliance.gather": ({"asyncio", "socket", "time", "os"}, "laying out a batch is arithmetic"),
-    "appliance.call": ({"asyncio", "socket", "time", "os"}, "a call is a value with a state"),
+    "appliance.call": ({"asyncio", "socket", "os"}, "a call is a value with a state"),
     "appliance.errors": ({"os", "socket", "logging"}, "errors are values"),
     "appliance.types": ({"os", "socket", "logging"}, "values have no effects"),
     "appliance.wire": ({"asyncio", "socket", "time", "os"}, "frames are bytes"),

@@ -93,3 +93,23 @@ def test_what_a_request_holds_counts_not_what_holds_it():
     suspects.blame(call(b"poison"), False, 0)
     assert is_alone(suspects, call(memoryview(b"poison")))
     assert is_alone(suspects, call(bytearray(b"poison")))
+
+
+def test_requests_that_look_alike_at_their_ends_are_told_apart():
+    """Most requests are told from every suspect by their ends alone; these are not, and it makes no difference."""
+    suspects = Suspects()
+    head, tail = b"h" * 1000, b"t" * 1000
+    suspects.blame(call(head + b"bad" + tail), False, 0)
+    assert not is_alone(suspects, call(head + b"ok!" + tail))
+    assert is_alone(suspects, call(head + b"bad" + tail))
+    suspects.blame(call(head + b"odd" + tail), False, 0)
+    suspects.absolve(call(head + b"bad" + tail))
+    assert not is_alone(suspects, call(head + b"bad" + tail))
+    assert is_alone(suspects, call(head + b"odd" + tail))
+
+
+def test_a_stranger_is_let_pass_without_reading_all_of_it():
+    suspects = Suspects()
+    suspects.blame(call(b"poison"), False, 0)
+    suspects.fingerprint = None  # would raise
+    assert not is_alone(suspects, call(bytes(1 << 20)))

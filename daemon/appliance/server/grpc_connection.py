@@ -5,7 +5,6 @@ batch leave in one write. Everything else is a task that works on a `GrpcCall`.
 """
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from appliance.call import Call, OutputTable
@@ -125,9 +124,7 @@ class GrpcConnection:
             if not self._may_infer:
                 authorise(self.peer, "ModelInfer")
             head, call, stream.work = self._heads.read(body, self.peer, self, number)
-            if timeout_us or head.timeout_us or head.plan.instance.default_timeout_us:
-                limits = [us for us in (timeout_us, head.timeout_us, head.plan.instance.default_timeout_us) if us > 0]
-                call.deadline_ns = time.monotonic_ns() + min(limits) * 1000
+            call.limit(timeout_us, head.timeout_us, head.plan.instance.default_timeout_us)
             self._calls[number] = call
             self._engine.submit(head.model, call)
         except ApplianceError as error:

@@ -241,9 +241,7 @@ class NativeConnection:
                 call = Call(head.plan, contents, self, number)
             else:
                 head, call = self._first_call(number, head_bytes, tail, head)
-            if timeout_us or head.timeout_us or head.plan.instance.default_timeout_us:
-                limits = [us for us in (timeout_us, head.timeout_us, head.plan.instance.default_timeout_us) if us > 0]
-                call.deadline_ns = time.monotonic_ns() + min(limits) * 1000
+            call.limit(timeout_us, head.timeout_us, head.plan.instance.default_timeout_us)
             self._calls[number] = call
             self._engine.submit(head.model, call)
         except ApplianceError as error:
