@@ -56,3 +56,36 @@ def fingerprint(artifact: Path) -> str:
         status = path.stat()
         digest.update(f"{path.name}\0{status.st_size} {status.st_ino} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
+
+
+def companions(artifact: Path) -> list[Path]:
+    """The artifact and the files beside it that hold its weights.
+
+    OpenVINO IR keeps them in the ``.bin`` of the same name, ONNX by convention in the artifact's name with ``.data`` or
+    ``_data`` at its end; of a directory every file counts.
+
+    Raises:
+        OSError: A directory cannot be read.
+    """
+    if artifact.is_dir():
+        return sorted(path for path in artifact.rglob("*") if path.is_file())
+    beside = [artifact.with_suffix(".bin")] if artifact.suffix == ".xml" else []
+    beside += [artifact.with_name(artifact.name + end) for end in (".data", "_data")]
+    return [artifact, *(path for path in beside if path.is_file())]
+
+
+def contents_digest(artifact: Path) -> str:
+    """Hex sha256 of an artifact: of the file where it is one, else of the digests of its files by name.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    paths = companions(artifact)
+    if paths == [artifact]:
+        with artifact.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()

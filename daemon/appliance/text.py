@@ -5,10 +5,12 @@ import os
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from appliance.errors import BackendError, InvalidManifest, InvalidRequest
-from appliance.manifest import TextSection
+
+if TYPE_CHECKING:
+    from appliance.manifest import TextSection
 
 #: Characters of one text at most; a tokenizer's time grows with them while max_tokens cuts its output only.
 _MAX_CHARACTERS: Final = 1 << 20
@@ -44,7 +46,7 @@ def _panics_as_errors() -> Iterator[None]:
 class TextEncoder:
     """A model's tokenizer. `encode` may run in any thread."""
 
-    def __init__(self, section: TextSection, tokenizer_json: bytes, model: str) -> None:
+    def __init__(self, section: "TextSection", tokenizer_json: bytes, model: str) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = (
             "false"  # requests are the parallelism; rayon's threads would add to ours
         )

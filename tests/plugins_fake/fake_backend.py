@@ -11,6 +11,7 @@ An artifact of format ``"fake"`` is a JSON object; every key may be left out::
       "load_log": PATH,                          # each load adds a line with its process id to this file
       "load_gate": PATH, "run_gate": PATH,       # a load, or a run told to `wait`, goes on once this file exists
       "on_load": COMMAND, "on_warmup": COMMAND,  # obeyed while loading, or in the first run
+      "in_precision": {"BF16": COMMAND},         # obeyed in every run of a variant of that precision
       "precision": "FP32",                       # what executed_on reports
       "resident_bytes": 0                        # memory that loading takes and keeps
     }
@@ -27,6 +28,7 @@ number (``MAGIC[word]``; for BYTES the word itself) is the first element of the 
     rank        one dimension too many      nan         NaN in every element (floating point only)
     print       prints 1 MiB                big         raises with a very long message that names a path
     memory      raises MemoryError          wait        waits for run_gate
+    stop        SIGSTOP to itself
 """
 
 import ctypes
@@ -44,7 +46,7 @@ from appliance.types import TensorSpec
 
 COMMANDS = (
     "crash", "kill", "exit", "raise", "hang", "hang-gil", "leak", "missing", "rows", "dtype", "rank", "nan", "print",
-    "big", "memory", "wait",
+    "big", "memory", "wait", "stop",
 )  # fmt: skip
 
 #: First element of the first input that commands each word; small, so that every numeric datatype but BOOL holds it.
@@ -89,12 +91,14 @@ class FakeSession:
         self._precision = behaviour.get("precision", variant.precision)
         self._a_us, self._c_us = behaviour.get("a_us", 0), behaviour.get("c_us", 0)
         self._on_warmup = behaviour.get("on_warmup")
+        self._in_precision = behaviour.get("in_precision", {}).get(variant.precision)
         self._run_gate = behaviour.get("run_gate")
         self._kept = [bytearray(os.urandom(4096) * (behaviour.get("resident_bytes", 0) // 4096))]
 
     def run(self, inputs, outputs):
         command, self._on_warmup = self._on_warmup, None
         first = inputs[self.inputs[0].name]
+        command = command or self._in_precision
         if command is None and first.size:
             command = _command_of(first.reshape(-1)[0])
         rows = first.shape[0] if first.ndim else 1
@@ -157,6 +161,8 @@ def _obey(command):
         ctypes.string_at(0)
     elif command == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif command == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif command == "exit":
         os._exit(3)
     elif command == "raise":

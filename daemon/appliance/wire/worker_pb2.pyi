@@ -17,7 +17,7 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("backend", "model", "version", "directory", "artifact_path", "artifact_format", "artifact_precision", "artifact_sha256", "device", "precision", "options", "manifest")
+    __slots__ = ("backend", "model", "version", "directory", "artifact_path", "artifact_format", "artifact_precision", "artifact_sha256", "device", "precision", "options", "manifest", "inventory", "record_path")
     class OptionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,8 @@ class Load(_message.Message):
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    INVENTORY_FIELD_NUMBER: _ClassVar[int]
+    RECORD_PATH_FIELD_NUMBER: _ClassVar[int]
     backend: str
     model: str
     version: str
@@ -49,19 +51,23 @@ class Load(_message.Message):
     precision: str
     options: _containers.ScalarMap[str, str]
     manifest: str
-    def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., directory: _Optional[str] = ..., artifact_path: _Optional[str] = ..., artifact_format: _Optional[str] = ..., artifact_precision: _Optional[str] = ..., artifact_sha256: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., manifest: _Optional[str] = ...) -> None: ...
+    inventory: str
+    record_path: str
+    def __init__(self, backend: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., directory: _Optional[str] = ..., artifact_path: _Optional[str] = ..., artifact_format: _Optional[str] = ..., artifact_precision: _Optional[str] = ..., artifact_sha256: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., manifest: _Optional[str] = ..., inventory: _Optional[str] = ..., record_path: _Optional[str] = ...) -> None: ...
 
 class Execution(_message.Message):
-    __slots__ = ("device", "provider", "precision", "detail")
+    __slots__ = ("device", "provider", "precision", "detail", "reason")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     device: str
     provider: str
     precision: str
     detail: str
-    def __init__(self, device: _Optional[str] = ..., provider: _Optional[str] = ..., precision: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, device: _Optional[str] = ..., provider: _Optional[str] = ..., precision: _Optional[str] = ..., detail: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Loaded(_message.Message):
     __slots__ = ("inputs", "edge_inputs", "outputs", "edge_outputs", "max_batch_size", "execution", "load_ns", "warmup_ns", "resident_bytes", "runtime")

@@ -17,9 +17,10 @@ from appliance.wire import worker_pb2
 from appliance.wire.worker import Kind
 from appliance.worker.lifeline import die_with_parent, parent_is_gone, volunteer_for_oom_kill
 from appliance.worker.link import Link, LinkBroken
-from appliance.worker.loading import load
+from appliance.worker.loading import load, manifest_of
 from appliance.worker.loop import Loop
 from appliance.worker.messages import presentable
+from appliance.worker.recording import recorder_of
 
 
 def main() -> NoReturn:
@@ -67,7 +68,8 @@ def _serve(link: Link) -> int:
     if link.buffer[0] != Kind.LOAD:
         raise LinkBroken("the first packet must be LOAD")
     try:
-        model, loaded = load(worker_pb2.Load.FromString(bytes(link.buffer[1:length])))
+        message = worker_pb2.Load.FromString(bytes(link.buffer[1:length]))
+        model, loaded = load(message)
     except Exception as error:
         if not isinstance(error, ApplianceError):
             traceback.print_exc()
@@ -77,7 +79,10 @@ def _serve(link: Link) -> int:
         link.send(bytes((Kind.FAILED,)) + failed.SerializeToString())
         return 1
     link.send(bytes((Kind.LOADED,)) + loaded.SerializeToString())
-    Loop(link, model).serve()
+    recorder = recorder_of(message.record_path, manifest_of(message), model)
+    Loop(link, model, recorder).serve()
+    if recorder is not None:
+        recorder.close()
     return 0
 
 

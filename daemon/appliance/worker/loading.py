@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, cast
 from appliance.artifacts import resolve_inside, verify_digest
 from appliance.backend import Artifact, Backend, Execution, Session, Variant
 from appliance.errors import ApplianceError, BackendError, InvalidManifest, NoPlacement
-from appliance.inventory import read_inventory
+from appliance.inventory import Inventory
+from appliance.inventory.cpu import read_inventory
 from appliance.types import TensorSpec
 from appliance.wire import worker_pb2
 from appliance.worker.classification import Classifier, read_labels
@@ -41,7 +42,7 @@ def load(message: worker_pb2.Load) -> tuple[ServedModel, worker_pb2.Loaded]:
         ApplianceError: It cannot be served; the message says why.
     """
     started = time.monotonic_ns()
-    manifest = _read_manifest(message)
+    manifest = manifest_of(message)
     path = Path(message.artifact_path)
     verify_digest(path, message.artifact_sha256 or None, path.name)
     artifact = Artifact(path, message.artifact_format, message.artifact_precision, message.artifact_sha256)
@@ -70,13 +71,15 @@ def load(message: worker_pb2.Load) -> tuple[ServedModel, worker_pb2.Loaded]:
         classifier=_classifier(manifest.classification, outputs, Path(message.directory))
         if manifest.classification
         else None,
+        length=length,
     )
     _check_edge_names(model)
     execution = _warm_up(model, manifest, length)
+    _check_placement(message, manifest, execution)
     return model, _loaded(model, execution, loaded - started, time.monotonic_ns() - loaded, runtime)
 
 
-def _read_manifest(message: worker_pb2.Load) -> "Manifest":
+def manifest_of(message: worker_pb2.Load) -> "Manifest":
     """The manifest that the front-end validated, read as it is: importing pydantic costs a worker 70 ms and 12 MB.
 
     Raises:
@@ -94,7 +97,7 @@ def _read_manifest(message: worker_pb2.Load) -> "Manifest":
 def _usable_backend(message: worker_pb2.Load) -> tuple[Backend, str]:
     try:
         backend = find_backend(message.backend)
-        support = backend.probe(read_inventory())
+        support = backend.probe(inventory_of(message))
     except PluginRefused as error:
         raise NoPlacement(f"cannot use backend {message.backend!r}: {error}") from error
     except Exception as error:
@@ -107,6 +110,24 @@ def _usable_backend(message: worker_pb2.Load) -> tuple[Backend, str]:
             f"cannot load {message.artifact_format!r} with backend {message.backend!r}: it is none of its formats"
         )
     return backend, support.runtime
+
+
+def inventory_of(message: worker_pb2.Load) -> Inventory:
+    """The machine as the front-end sees it; read anew, the CPU alone, where the message does not say."""
+    return Inventory.from_json(json.loads(message.inventory)) if message.inventory else read_inventory()
+
+
+def _check_placement(message: worker_pb2.Load, manifest: "Manifest", execution: Execution) -> None:
+    """Refuse a session that landed on another device than it was to, where the manifest forbids that.
+
+    Raises:
+        NoPlacement: It did; the message gives the runtime's reason.
+    """
+    if execution.device != message.device and manifest.fallback == "forbid":
+        raise NoPlacement(
+            f"cannot place model {message.model!r} on {message.device!r}: {message.backend} ran it on "
+            f"{execution.device!r}, and fallback is 'forbid': {execution.reason or 'the runtime gives no reason'}"
+        )
 
 
 def _as_backend_error(what: str, error: Exception) -> ApplianceError:
@@ -172,13 +193,21 @@ def _classifier(section: "ClassificationSection", outputs: Sequence[TensorSpec],
     if logits is None:
         names = ", ".join(spec.name for spec in outputs)
         raise InvalidManifest(f"cannot classify by {section.logits!r}: the model's outputs are {names}")
+    return Classifier(section, labels_of(section, directory), logits)
+
+
+def labels_of(section: "ClassificationSection", directory: Path) -> list[str]:
+    """The model's labels, in the order of the classes.
+
+    Raises:
+        InvalidManifest, ArtifactCorrupt: Their file is missing, differs from its digest, or is no UTF-8.
+    """
     path = resolve_inside(directory, section.labels)
     verify_digest(path, section.labels_sha256, section.labels)
     try:
-        labels = read_labels(path.read_text(encoding="utf-8"))
+        return read_labels(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidManifest(f"cannot read {section.labels!r}: it is not a readable UTF-8 file") from error
-    return Classifier(section, labels, logits)
 
 
 def _check_edge_names(model: ServedModel) -> None:
@@ -204,6 +233,7 @@ def _loaded(model: ServedModel, execution: Execution, load_ns: int, warmup_ns: i
             provider=execution.provider,
             precision=execution.precision,
             detail=execution.detail,
+            reason=execution.reason,
         ),
         load_ns=load_ns,
         warmup_ns=warmup_ns,

@@ -23,6 +23,7 @@ from appliance.worker.link import Link, LinkBroken
 from appliance.worker.memory import Area, Memory, Slabs
 from appliance.worker.model import Pictures, ServedModel
 from appliance.worker.plan import Plan, Planner
+from appliance.worker.recording import Recorder
 from appliance.worker.runner import Batch, run
 from appliance.worker.tensors import split_elements
 
@@ -39,9 +40,10 @@ _RUN: Final = int(Kind.RUN)
 class Loop:
     """Serves one loaded model until the front-end is gone."""
 
-    def __init__(self, link: Link, model: ServedModel) -> None:
+    def __init__(self, link: Link, model: ServedModel, recorder: Recorder | None = None) -> None:
         self._link = link
         self._model = model
+        self._recorder = recorder
         self._memory = Memory()
         self._planner = Planner(model, self._memory)
         self._queue: queue.SimpleQueue[Batch | bytes] | None = None
@@ -69,7 +71,7 @@ class Loop:
                 self._answer(self._refusal(length, error))
                 continue
             if self._queue is None:
-                run(self._model, link, batch)
+                run(self._model, link, batch, self._recorder)
             else:
                 self._queue.put(batch)
             del plan, batch  # until the next packet they would keep memory mapped that the front-end has given back
@@ -140,7 +142,7 @@ class Loop:
             while True:
                 item = waiting.get()
                 if isinstance(item, Batch):
-                    run(self._model, self._link, item)
+                    run(self._model, self._link, item, self._recorder)
                 else:
                     self._link.send(item)
                 del item

@@ -46,6 +46,7 @@ class ServedModel:
         max_batch_size: Rows of a batch at most; 0 for a model without batch dimension.
         pictures: Set where the manifest has an image section.
         classifier: Set where the manifest has a classification section.
+        length: What dynamic dimensions had in the first run that worked; of no meaning where there are none.
     """
 
     session: Session
@@ -54,6 +55,7 @@ class ServedModel:
     max_batch_size: int
     pictures: Pictures | None = None
     classifier: Classifier | None = None
+    length: int = 0
 
     @property
     def edge_inputs(self) -> tuple[TensorSpec, ...]:

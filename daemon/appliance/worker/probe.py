@@ -1,6 +1,7 @@
-"""``python -m appliance.worker.probe NAME``: what one backend can do on this machine, as JSON on standard output.
+"""``python -m appliance.worker.probe NAME [--smoke DEVICE]``: what one backend can do here, as JSON on standard output.
 
-Standard input holds the inventory as JSON. A plugin's own prints go to standard error, so they cannot spoil the answer.
+With ``--smoke`` it computes something small on one device instead. Standard input holds the inventory as JSON. A
+plugin's own prints go to standard error, so they cannot spoil the answer.
 """
 
 import json
@@ -9,47 +10,53 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from appliance.backend import Artifact
-from appliance.inventory import Device, Inventory
+from appliance.backend import PRECISIONS, Artifact
+from appliance.inventory import Inventory
 from appliance.worker.lifeline import die_with_parent
 from appliance.worker.messages import presentable
 from appliance.worker.plugin import PluginRefused, distribution_of, find_backend
-
-
-def parse_inventory(text: str) -> Inventory:
-    """Read an inventory as `appliance.plugins` writes it."""
-    document = json.loads(text)
-    devices = tuple(Device(**{**device, "features": tuple(device["features"])}) for device in document["devices"])
-    return Inventory(devices=devices, cores=document["cores"], memory_bytes=document["memory_bytes"])
+from appliance.worker.smoke import try_device
 
 
 def examine(name: str, inventory: Inventory) -> dict[str, Any]:
     """Import the backend and ask it everything the daemon wants to know before it loads a model."""
     backend = find_backend(name)
     support = backend.probe(inventory)
-    offers = []
-    for format_ in sorted(backend.formats):
-        nominal = Artifact(path=Path("model"), format=format_)
-        for device in inventory.devices:
-            if device.id not in support.devices:
-                continue
-            variants = backend.candidates(nominal, device)
-            offers.append(
-                {
-                    "format": format_,
-                    "device": device.id,
-                    "variants": [{"precision": one.precision, "options": dict(one.options)} for one in variants],
-                }
-            )
+    devices = [device for device in inventory.devices if device.id in support.devices and device.is_usable]
+    offers = [
+        {
+            "format": format_,
+            "precision": precision,
+            "device": device.id,
+            "variants": [
+                {"precision": one.precision, "options": dict(one.options)}
+                for one in backend.candidates(Artifact(Path("model"), format_, precision), device)
+            ],
+        }
+        for format_ in sorted(backend.formats)
+        for precision in PRECISIONS
+        for device in devices
+    ]
     return {
         "distribution": distribution_of(name),
         "runtime": support.runtime,
         "devices": list(support.devices),
         "reason": support.reason,
+        "unlisted": dict(support.unlisted),
         "formats": sorted(backend.formats),
         "scope": backend.scope,
         "offers": offers,
     }
+
+
+def _answer(arguments: list[str], inventory: Inventory) -> dict[str, Any]:
+    match arguments:
+        case [name]:
+            return examine(name, inventory)
+        case [name, "--smoke", device]:
+            return {"failed": try_device(find_backend(name), inventory, device)}
+        case _:
+            raise ValueError("the arguments are NAME [--smoke DEVICE]")
 
 
 def main() -> None:
@@ -58,7 +65,7 @@ def main() -> None:
     answer_fd = os.dup(1)
     os.dup2(2, 1)
     try:
-        document = examine(sys.argv[1], parse_inventory(sys.stdin.read()))
+        document = _answer(sys.argv[1:], Inventory.from_json(json.loads(sys.stdin.read())))
     except PluginRefused as error:
         document = {"failed": str(error)}
     except (Exception, SystemExit) as error:

@@ -12,6 +12,7 @@ from appliance.worker.link import Link
 from appliance.worker.messages import presentable
 from appliance.worker.model import ContractBroken, ServedModel
 from appliance.worker.plan import Plan
+from appliance.worker.recording import Recorder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,8 +39,10 @@ class Batch:
     decode_ns: int = 0
 
 
-def run(model: ServedModel, link: Link, batch: Batch) -> None:
+def run(model: ServedModel, link: Link, batch: Batch, recorder: Recorder | None = None) -> None:
     """Run, post-process, copy out and send DONE or FAULT.
+
+    The inputs of a batch that ran go to `recorder`, unless a picture among them could not be decoded.
 
     Raises:
         OSError: The front-end is gone.
@@ -62,6 +65,8 @@ def run(model: ServedModel, link: Link, batch: Batch) -> None:
         postprocessed = time.monotonic_ns()
         written = write_outputs(model, plan, results)
         packet = with_row_errors(written, batch.row_errors) if batch.row_errors else written.packet
+        if recorder is not None and not batch.row_errors:
+            recorder.take(feeds, plan.rows)  # before the answer, which gives the inputs' memory back
     except Exception as error:  # whatever the runtime raises fails this batch and no other
         if written is not None and written.fd >= 0:
             os.close(written.fd)

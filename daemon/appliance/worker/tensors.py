@@ -86,3 +86,10 @@ def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
 def widen_bf16(array: "NDArray[np.uint16]") -> "NDArray[np.float32]":
     """FP32 values of a BF16 array."""
     return (array.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow_to_bf16(array: "NDArray[np.float32]") -> "NDArray[np.uint16]":
+    """The nearest BF16 values, ties to even; NaN stays NaN."""
+    bits = array.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)

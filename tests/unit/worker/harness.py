@@ -1,23 +1,30 @@
 """A real worker process at the other end of a socketpair, and models for it."""
 
+import asyncio
+import base64
 import contextlib
 import json
 import mmap
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from appliance.manifest import Manifest
+from appliance.child import Child
+from appliance.manifest import Manifest, read_manifest
 from appliance.wire import worker as wire
 from appliance.wire import worker_pb2
 
+MODELS = Path(__file__).parents[3] / "models"
 FAKES = Path(__file__).parents[2] / "plugins_fake"
 #: Seconds after which a worker that says nothing is a failure.
 PATIENCE = 30.0
@@ -222,3 +229,82 @@ def write_fake(directory, **behaviour):
     path = Path(directory) / "model.json"
     path.write_text(json.dumps(behaviour))
     return path
+
+
+def read_as_workers_do(manifest):
+    """A manifest without pydantic."""
+    return json.loads(manifest.model_dump_json(by_alias=True), object_hook=lambda fields: SimpleNamespace(**fields))
+
+
+def load_of(directory, backend, manifest=None, **overrides):
+    """The field "load" of a task's question; without `manifest` for the model in `directory`."""
+    manifest = manifest or read_manifest(Path(directory))
+    artifact = manifest.artifacts[0]
+    fields = {
+        "backend": backend, "model": manifest.name, "version": "1", "directory": str(directory),
+        "artifact_path": str(Path(directory) / artifact.path), "artifact_format": artifact.format,
+        "artifact_precision": artifact.precision, "device": "cpu", "precision": "FP32",
+        "manifest": manifest.model_dump_json(by_alias=True),
+    }  # fmt: skip
+    return base64.b64encode(worker_pb2.Load(**{**fields, **overrides}).SerializeToString()).decode()
+
+
+def fake_load(directory, manifest=None, precision="FP32", **behaviour):
+    """The same for a model of the fake backend."""
+    (Path(directory) / "1").mkdir(exist_ok=True)
+    write_fake(Path(directory) / "1", **behaviour)
+    document = Manifest(name="m", artifacts=[{"path": "1/model.json", "format": "fake"}], **(manifest or {}))
+    return load_of(directory, "fake", document, precision=precision)
+
+
+async def _converse(question, seconds, meanwhile):
+    child = await Child.start([sys.executable, "-P", "-m", "appliance.worker.task"], question)
+    answers = []
+    other = asyncio.ensure_future(meanwhile(child)) if meanwhile else None
+    try:
+        async for answer in child.answers(seconds):
+            answers.append(answer)
+    finally:
+        await child.end()
+        if other:
+            other.cancel()
+            await asyncio.wait({other})
+    if other and not other.cancelled():
+        other.result()
+    return answers
+
+
+async def until(condition):
+    """Wait for what another process is about to do."""
+    for _ in range(int(PATIENCE / 0.003)):
+        if condition():
+            return
+        await asyncio.sleep(0.003)
+    raise AssertionError("it did not happen")
+
+
+def run_task(question, seconds=PATIENCE, meanwhile=None):
+    """Everything a task says; `meanwhile` is a coroutine function that is handed the child."""
+    return asyncio.run(_converse(question, seconds, meanwhile))
+
+
+def said(answers, kind):
+    """What the task said under one key, in order."""
+    return [answer[kind] for answer in answers if kind in answer]
+
+
+def state_of(pid):
+    """The state of a process in one letter, as proc(5) has it; X for one that is no more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def continue_when_stopped(pid, seconds=PATIENCE):
+    """Wait until a process has stopped, and send it SIGCONT."""
+    deadline = time.monotonic() + seconds
+    while state_of(pid) != "T":
+        assert time.monotonic() < deadline, "it did not stop"
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGCONT)

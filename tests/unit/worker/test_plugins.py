@@ -10,7 +10,7 @@ import pytest
 import worker_harness as harness
 
 from appliance import plugins
-from appliance.inventory import Device, Inventory
+from appliance.inventory import Device, Inventory, Rung, Step
 from appliance.plugins import PluginStatus, discover
 from support.daemon import wait_until
 
@@ -59,8 +59,10 @@ def test_in_tree_and_foreign_backends_come_through_the_same_door(find):
     assert records["onnxruntime"].runtime.startswith("onnxruntime 1.")
     assert records["onnxruntime"].distribution.startswith("inference-appliance ")
     assert records["openvino"].formats == ("onnx", "openvino-ir")
-    assert [one.precision for one in records["openvino"].candidates("openvino-ir", "cpu")] == ["FP32", "BF16"]
-    assert records["openvino"].candidates("openvino-ir", "gpu0") == ()
+    offered = records["openvino"].candidates("openvino-ir", "FP32", "cpu")
+    assert [one.precision for one in offered] == ["FP32", "BF16"]
+    assert records["openvino"].candidates("openvino-ir", "FP64", "cpu") == offered
+    assert records["openvino"].candidates("openvino-ir", "FP32", "gpu0") == ()
     assert records["fake"].distribution == "fake-backend 0"
 
 
@@ -73,8 +75,40 @@ def test_a_plugin_tells_everything_placement_needs(find, tmp_path):
         "device",
         ("odd",),
     )
-    (variant,) = record.candidates("odd", "cpu")
+    (variant,) = record.candidates("odd", "FP32", "cpu")
     assert (variant.backend, variant.device, variant.precision, variant.options) == ("odd", "cpu", "INT8", {"k": "v"})
+
+
+CHOOSY = """
+from appliance.backend import Support, Variant
+class Good:
+    name, formats, scope = "odd", frozenset({"onnx"}), "model"
+    def probe(self, inventory):
+        return Support(("cpu", "nvidia0"), "odd 2", unlisted={"nvidia1": "libodd.so.3 is missing"})
+    def candidates(self, artifact, device):
+        if artifact.precision == "INT8":
+            return [Variant(self.name, device.id, "INT8")]
+        return [Variant(self.name, device.id, "FP32")] if artifact.precision == "FP32" else []
+    def load(self, artifact, variant): raise OSError("libodd.so.3: no such file")
+"""
+
+
+def card(number, *rungs):
+    return Device(f"nvidia{number}", "gpu", "a card", 2**30, vendor="nvidia", ladder=rungs)
+
+
+def test_offers_differ_by_the_artifacts_precision_and_leave_unusable_devices_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_plugin(tmp_path, "odd", CHOOSY)
+    machine = Inventory((CPU, card(0, Rung(Step.OPENABLE, False, "no group")), card(1)), 2, 2**30)
+    record = asyncio.run(discover(machine, disabled=["onnxruntime", "openvino"]))["odd"]
+    assert {key: [one.precision for one in value] for key, value in record.variants.items() if value} == {
+        ("onnx", "FP32", "cpu"): ["FP32"],
+        ("onnx", "INT8", "cpu"): ["INT8"],
+    }
+    assert record.candidates("onnx", "BF16", "cpu") == ()
+    assert record.unlisted == {"nvidia1": "libodd.so.3 is missing"}
 
 
 def test_disabled_plugins_are_not_even_imported(find, tmp_path):
@@ -95,9 +129,13 @@ BROKEN = {
     "has another name": (GOOD.format(name="even", probe=USABLE), "calls itself 'even'"),
     "raises in probe": (GOOD.format(name="odd", probe="raise OSError('driver trouble')"), "driver trouble"),
     "answers nonsense": (GOOD.format(name="odd", probe="return 7"), "AttributeError"),
-    "answers too much": (GOOD.format(name="odd", probe="return Support(('x' * 300_000,))"), "longer than"),
+    "answers too much": (GOOD.format(name="odd", probe="return Support(('x' * 2_000_000,))"), "longer than"),
     "writes on the answer": (
         "import os\nfor fd in range(3, 20):\n  try: os.write(fd, b'garbage')\n  except OSError: pass\nos._exit(0)",
+        "its answer is not JSON",
+    ),
+    "answers something else": (
+        "import os\nfor fd in range(3, 20):\n  try: os.write(fd, b'{}')\n  except OSError: pass\nos._exit(0)",
         "not a probe's answer",
     ),
 }
