@@ -23,6 +23,10 @@ CONTRACT_VERSION: Final = 1
 
 Scope = Literal["model", "device"]
 
+#: Precisions an artifact's weights and a variant's computation may have. FP64 counts as FP32: neither is lowered.
+#: ``"INT8-WEIGHTS"`` and ``"INT4-WEIGHTS"`` mean weights stored so and a computation in floating point.
+PRECISIONS: Final = ("FP32", "BF16", "FP16", "INT8", "INT8-WEIGHTS", "INT4-WEIGHTS")
+
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
@@ -48,8 +52,12 @@ class Variant:
     Attributes:
         backend: Entry-point name of the backend.
         device: Id of a device of the inventory, such as ``"cpu"``.
-        precision: Precision of the computation, such as ``"FP32"`` or ``"BF16"``.
+        precision: Precision of the computation, one of `PRECISIONS`: of the multiplications that make up most of the
+            work. ``"INT8"`` needs an artifact quantised to INT8; what such a model leaves in floating point is the
+            business of `options`.
         options: The backend's own settings, such as ``{"threads": "2"}``; values are text so that they can be stored.
+            They may change speed and memory; of two variants that differ in options alone both are checked for
+            accuracy.
     """
 
     backend: str
@@ -63,14 +71,17 @@ class Support:
     """A backend's answer to "can you work here". Not usable is a value, never an exception.
 
     Attributes:
-        devices: Ids of the devices the backend can use; empty where it can use none.
+        devices: Ids of the devices the runtime lists and the backend can use; empty where it can use none.
         runtime: Name and version of the vendor runtime, such as ``"onnxruntime 1.31.1"``.
         reason: Why no device is usable, with the fix where there is one; empty when usable.
+        unlisted: Why the runtime cannot use a device of the inventory that is of a kind it serves, by device id: the
+            reason of the ladder's rung LISTED. Devices of kinds the backend never serves are left out.
     """
 
     devices: tuple[str, ...]
     runtime: str = ""
     reason: str = ""
+    unlisted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +93,14 @@ class Execution:
         provider: The runtime's own name of the executor, such as ``"CPUExecutionProvider"``.
         precision: Precision the computation runs in.
         detail: Anything worth showing a person, such as thread and stream counts.
+        reason: Where `device` is not the variant's: why, naming the library or driver at fault; else empty.
     """
 
     device: str
     provider: str
     precision: str
     detail: str = ""
+    reason: str = ""
 
 
 @runtime_checkable
@@ -97,6 +110,11 @@ class Session(Protocol):
     `run` is called from one thread at a time. Input arrays are C-contiguous, writable views on shared memory that are
     valid during the call only. BF16 travels as ``uint16`` arrays holding the upper halves of FP32; BYTES as ``object``
     arrays of ``bytes``; every other datatype as its numpy namesake.
+
+    A session that becomes faster of itself while it runs, as by compiling in the background for the shapes it sees,
+    also has a property ``is_settled: bool``: False while the shapes that ran last may yet become faster. Asked between
+    runs, by the thread that runs. It turns True after a bounded number of further runs of the same shapes and a bounded
+    time; what is measured is measured then. A session without it is always settled.
     """
 
     @property
@@ -146,7 +164,13 @@ class Backend(Protocol):
         ...
 
     def candidates(self, artifact: Artifact, device: Device) -> Sequence[Variant]:
-        """Ways to run `artifact` on `device`, the one to try first at the front. Pure: imports no vendor runtime."""
+        """Ways to run `artifact` on `device`, the one to try first at the front. Pure: imports no vendor runtime.
+
+        Asked with a nominal artifact, whose path is of no meaning, for each format of the backend and each of
+        `PRECISIONS`. An artifact of precision ``"FP32"`` yields first a variant that computes in FP32, where the device
+        can; variants of lower precision that the backend makes of it while loading follow. Every offer is measured, so
+        an offer that cannot win costs the machine time.
+        """
         ...
 
     def load(self, artifact: Artifact, variant: Variant) -> Session:

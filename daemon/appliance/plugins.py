@@ -2,29 +2,30 @@
 
 A plugin is somebody else's code, and importing it may raise, hang, crash or print, so the daemon never does: a
 short-lived child (``python -m appliance.worker.probe NAME``) imports it, asks what it can do and answers with one JSON
-document. What comes back, or why nothing did, is a value: discovery never raises.
+document. What comes back, or why nothing did, is a value: discovery never raises. Whether a device computes rightly is
+asked later and apart (`smoke`), since it means loading a model there.
 """
 
 import asyncio
-import json
-import os
-import signal
 import sys
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib import metadata
 from typing import Any, Final
 
 from appliance.backend import ENTRY_POINT_GROUP, Scope, Variant
+from appliance.child import ChildFailed, ask
 from appliance.inventory import Inventory
 
 #: How long a plugin may take to import its runtime and look for its devices.
 PROBE_SECONDS: Final = 20.0
 
-#: More than this from a probe is no answer.
-MAX_ANSWER_BYTES: Final = 262144
+#: How long a device may take to load and run a model of a few numbers. Drivers compile their kernels on first use.
+SMOKE_SECONDS: Final = 120.0
+
+#: A model's precision that is offered as another: the daemon lowers neither.
+_COUNTS_AS: Final = {"FP64": "FP32"}
 
 
 class PluginStatus(StrEnum):
@@ -50,7 +51,9 @@ class BackendRecord:
         formats: Artifact formats it reads.
         scope: ``"model"`` or ``"device"``: what one worker process holds.
         python: Interpreter its workers run under.
-        variants: What it offers for a plain artifact, by format and device id, the first to try at the front.
+        variants: What it offers for a plain artifact, by format, artifact precision and device id, the first to try at
+            the front.
+        unlisted: Why it cannot use a device of a kind it serves, by device id.
     """
 
     name: str
@@ -62,11 +65,18 @@ class BackendRecord:
     formats: tuple[str, ...] = ()
     scope: Scope = "model"
     python: str = sys.executable
-    variants: Mapping[tuple[str, str], tuple[Variant, ...]] = field(default_factory=dict)
+    variants: Mapping[tuple[str, str, str], tuple[Variant, ...]] = field(default_factory=dict)
+    unlisted: Mapping[str, str] = field(default_factory=dict)
 
-    def candidates(self, format_: str, device: str) -> tuple[Variant, ...]:
-        """Ways to run an artifact of `format_` on `device`, the one to try first at the front; empty where none."""
-        return self.variants.get((format_, device), ())
+    def candidates(self, format_: str, precision: str, device: str) -> tuple[Variant, ...]:
+        """Ways to run an artifact on `device`, the one to try first at the front; empty where none.
+
+        Args:
+            format_: The artifact's format.
+            precision: Precision of its weights, one of `appliance.backend.PRECISIONS` or ``"FP64"``.
+            device: Id of a device.
+        """
+        return self.variants.get((format_, _COUNTS_AS.get(precision, precision), device), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,87 +126,64 @@ def _named(pythons: Mapping[str, str]) -> list[_Named]:
     return [found[name] for name in sorted(found)]
 
 
+async def smoke(record: BackendRecord, inventory: Inventory) -> dict[str, str | None]:
+    """Have an available backend compute something small on each of its devices, one after the other.
+
+    Each device is tried in a child of its own, so that one that hangs or crashes says nothing about the next. Never
+    raises for a plugin's sake.
+
+    Returns:
+        By device id: an empty string where the answer was right, else what went wrong; None where it could not be
+        tried, since the backend reads no format there is a smoke model of.
+    """
+    question = asdict(inventory)
+    results: dict[str, str | None] = {}
+    for device in record.devices:
+        command = (*_probe_command(record.python, record.name), "--smoke", device)
+        try:
+            answer = await ask(command, question, SMOKE_SECONDS)
+            failed = answer["failed"]
+            results[device] = None if failed is None else str(failed)
+        except ChildFailed as error:
+            results[device] = str(error)
+        except KeyError:
+            results[device] = "its answer is not a smoke test's answer"
+    return results
+
+
+def _probe_command(python: str, name: str) -> tuple[str, ...]:
+    # -P: the working directory is nobody's place to import from.
+    return (python, "-P", "-m", "appliance.worker.probe", name)
+
+
 async def _record(entry: _Named, inventory: Inventory, disabled: Collection[str]) -> BackendRecord:
     if entry.name in disabled:
         return _unusable(entry, PluginStatus.DISABLED, "the configuration disables it")
     if entry.problem:
         return _unusable(entry, PluginStatus.FAILED, f"cannot use {entry.name!r}: {entry.problem}")
     try:
-        return _parse(entry, await _ask(entry, inventory))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return _unusable(entry, PluginStatus.FAILED, f"cannot probe {entry.name!r}: {reason}")
+        answer = await ask(_probe_command(entry.python, entry.name), asdict(inventory), PROBE_SECONDS)
+        return _parse(entry, answer)
+    except (ChildFailed, ValueError) as error:
+        return _unusable(entry, PluginStatus.FAILED, f"cannot probe {entry.name!r}: {error}")
 
 
 def _unusable(entry: _Named, status: PluginStatus, reason: str) -> BackendRecord:
     return BackendRecord(entry.name, status, reason, distribution=entry.distribution, python=entry.python)
 
 
-async def _ask(entry: _Named, inventory: Inventory) -> bytes:
-    """The probe's answer.
-
-    Raises:
-        OSError: The interpreter cannot be started.
-        ValueError: The probe hung, crashed or answered too much; the message says which.
-    """
-    # -P: the working directory is nobody's place to import from.
-    child = await asyncio.create_subprocess_exec(
-        *(entry.python, "-P", "-m", "appliance.worker.probe", entry.name),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(PROBE_SECONDS):
-            answer = await _converse(child, json.dumps(asdict(inventory)).encode())
-            status = await child.wait()
-    except TimeoutError as error:
-        raise ValueError(f"it gave no answer within {PROBE_SECONDS:g} s") from error
-    finally:
-        # The whole group, since a plugin may have started processes of its own.
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        await child.wait()
-    if status < 0:
-        raise ValueError(
-            f"its process was killed by {signal.Signals(-status).name} while it was being imported or asked"
-        )
-    if status != 0 and not answer:
-        raise ValueError(f"its process ended with status {status} and no answer")
-    return answer
-
-
-async def _converse(child: asyncio.subprocess.Process, question: bytes) -> bytes:
-    if child.stdin is None or child.stdout is None:
-        raise ValueError("its process has no pipes")
-    with suppress(BrokenPipeError, ConnectionResetError):
-        child.stdin.write(question)
-        await child.stdin.drain()
-        child.stdin.close()
-    parts: list[bytes] = []
-    length = 0
-    while part := await child.stdout.read(65536):
-        parts.append(part)
-        length += len(part)
-        if length > MAX_ANSWER_BYTES:
-            raise ValueError(f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
-    return b"".join(parts)
-
-
-def _parse(entry: _Named, answer: bytes) -> BackendRecord:
+def _parse(entry: _Named, document: Mapping[str, Any]) -> BackendRecord:
     """Read a probe's answer, which is as trustworthy as the plugin.
 
     Raises:
         ValueError: It is not what `appliance.worker.probe` writes.
     """
     try:
-        document: dict[str, Any] = json.loads(answer)
         if failed := document.get("failed"):
             raise ValueError(str(failed))
         devices = tuple(map(str, document["devices"]))
         variants = {
-            (str(offer["format"]), str(offer["device"])): tuple(
+            (str(offer["format"]), str(offer["precision"]), str(offer["device"])): tuple(
                 Variant(entry.name, str(offer["device"]), str(one["precision"]), dict(one["options"]))
                 for one in offer["variants"]
             )
@@ -213,6 +200,7 @@ def _parse(entry: _Named, answer: bytes) -> BackendRecord:
             scope="device" if document["scope"] == "device" else "model",
             python=entry.python,
             variants=variants,
+            unlisted={str(device): str(reason) for device, reason in document["unlisted"].items()},
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("its answer is not a probe's answer") from error

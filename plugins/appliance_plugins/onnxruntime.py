@@ -1,11 +1,14 @@
-"""Backend ``onnxruntime``: ONNX models on the CPU.
+"""Backend ``onnxruntime``: ONNX models on the CPU and, with the runtime's CUDA build, on NVIDIA GPUs.
 
-Options: ``threads`` is how many cores one run may use, by default all the process may run on.
+Options on the CPU: ``threads`` is how many cores one run may use, by default all the process may run on; ``spin_us`` is
+how long idle threads stay awake after a run, by default not at all. Nothing of CUDA has run on a GPU yet; that a
+session without it lands on the CPU, and why, has been seen.
 """
 
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
@@ -13,11 +16,28 @@ import numpy as np
 from appliance.backend import Artifact, Execution, Scope, Session, Support, Variant
 from appliance.inventory import Device, Inventory
 from appliance.types import TensorSpec
+from appliance_plugins import cuda_provider
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PROVIDER: Final = "CPUExecutionProvider"
+#: Precision of the computation by the artifact's: the CPU provider computes what the graph says, but casts FP16 to FP32
+#: and has no kernels for BF16.
+_ON_CPU: Final = {
+    "FP64": "FP32",
+    "FP32": "FP32",
+    "FP16": "FP32",
+    "INT8": "INT8",
+    "INT8-WEIGHTS": "INT8-WEIGHTS",
+    "INT4-WEIGHTS": "INT4-WEIGHTS",
+}
+_ON_CUDA: Final = {"FP64": "FP32", "FP32": "FP32", "FP16": "FP16"}
+
+#: Long enough for the next operator of a run, and for the next run of a busy client; see `_spinning`.
+_OFFERED_SPIN_US: Final = "200"
+_MAX_SPIN_US: Final = 1_000_000
+
 _ONNX_BFLOAT16: Final = 16  # TensorProto.DataType.BFLOAT16
 _SEVERITY_ERROR: Final = 3
 
@@ -40,14 +60,17 @@ _DATATYPES: Final = {
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime's CPU execution provider."""
+    """ONNX Runtime's CPU and CUDA execution providers."""
 
     name: ClassVar[str] = "onnxruntime"
     formats: ClassVar[frozenset[str]] = frozenset({"onnx"})
     scope: ClassVar[Scope] = "model"
 
+    def __init__(self) -> None:
+        self._uuids: dict[str, str] = {}
+
     def probe(self, inventory: Inventory) -> Support:
-        """The CPU, where the runtime can be imported and offers it."""
+        """The CPU, and NVIDIA devices where this build has CUDA and finds its libraries."""
         try:
             import onnxruntime
         except ImportError as error:
@@ -55,16 +78,34 @@ class OnnxRuntimeBackend:
         runtime = f"onnxruntime {onnxruntime.__version__}"
         if _PROVIDER not in onnxruntime.get_available_providers():
             return Support((), runtime, f"this build of onnxruntime has no {_PROVIDER}")
-        return Support(tuple(device.id for device in inventory.devices if device.kind == "cpu"), runtime)
+        cards = [device.id for device in inventory.devices if _is_card(device)]
+        absent = cuda_provider.why_absent(onnxruntime) if cards else ""
+        self._uuids = {device.id: device.uuid for device in inventory.devices if _is_card(device)}
+        devices = [device.id for device in inventory.devices if device.kind == "cpu"]
+        return Support(
+            devices=(*devices, *(() if absent else cards)),
+            runtime=runtime,
+            unlisted=dict.fromkeys(cards, absent) if absent else {},
+        )
 
     def candidates(self, artifact: Artifact, device: Device) -> Sequence[Variant]:
-        """The precision the model has: the CPU provider computes what the graph says."""
-        if device.kind != "cpu" or artifact.format not in self.formats:
+        """What the graph says, on all cores; then with threads that stay awake for a moment, and on one core."""
+        if artifact.format not in self.formats:
             return ()
-        return (Variant(self.name, device.id, "FP32"),)
+        if _is_card(device):
+            precision = _ON_CUDA.get(artifact.precision)
+            return (Variant(self.name, device.id, precision),) if precision else ()
+        precision = _ON_CPU.get(artifact.precision) if device.kind == "cpu" else None
+        if precision is None:
+            return ()
+        # On one core no thread has to be woken.
+        choices: tuple[dict[str, str], ...] = ({},)
+        if device.cores != 1:
+            choices = ({}, {"spin_us": _OFFERED_SPIN_US}, {"threads": "1"})
+        return tuple(Variant(self.name, device.id, precision, options) for options in choices)
 
     def load(self, artifact: Artifact, variant: Variant) -> Session:
-        """Load an ONNX file.
+        """Load an ONNX file. A session that was to run on CUDA and cannot runs on the CPU, and says so.
 
         Raises:
             ValueError: The variant or one of the model's types cannot be served.
@@ -72,29 +113,67 @@ class OnnxRuntimeBackend:
         """
         import onnxruntime
 
-        if variant.precision != "FP32":
-            raise ValueError(f"precision {variant.precision} is not on offer, only FP32")
-        threads = _threads(variant.options)
+        is_cuda = variant.device.startswith("nvidia")
+        if not is_cuda and variant.device != "cpu":
+            raise ValueError(f"device {variant.device!r} is neither the CPU nor an NVIDIA device")
+        offered = (_ON_CUDA if is_cuda else _ON_CPU).get(artifact.precision)
+        if variant.precision != offered:
+            raise ValueError(
+                f"precision {variant.precision} is not on offer for an artifact in {artifact.precision}"
+                + (f", only {offered}" if offered else "")
+            )
+        threads, spin_us = _read(variant.options)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        # Spinning threads keep a core busy for tens of milliseconds after every run.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(os.fspath(artifact.path), options, providers=[_PROVIDER])
-        if session.get_providers() != [_PROVIDER]:
-            raise ValueError(f"the runtime placed the model on {', '.join(session.get_providers())}")
-        inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
-        datatypes = {spec.datatype for spec in (*inputs, *outputs)}
-        execution = Execution(variant.device, _PROVIDER, variant.precision, f"threads={threads}")
-        if "BF16" in datatypes:
-            if "BYTES" in datatypes:
-                raise ValueError("the runtime's Python interface cannot carry BF16 and string tensors in one run")
-            return _Bf16Session(session, inputs, outputs, execution)
+        for key, value in _spinning(spin_us).items():
+            options.add_session_config_entry(key, value)
+        providers: list[Any] = [_PROVIDER]
+        if is_cuda and cuda_provider.PROVIDER in onnxruntime.get_available_providers():
+            uuid = self._uuids.get(variant.device, "")
+            providers.insert(0, (cuda_provider.PROVIDER, cuda_provider.options(variant.device, uuid)))
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        # Its own way of falling back is to print and try again.
+        session = onnxruntime.InferenceSession(
+            os.fspath(artifact.path), options, providers=providers, enable_fallback=False
+        )
+        if is_cuda:
+            execution = _on_cuda(onnxruntime, session, artifact, variant)
+        else:
+            detail = f"threads={threads}" + (f", spin_us={spin_us}" if spin_us else "")
+            execution = Execution(variant.device, _PROVIDER, variant.precision, detail)
+        return _wrap(session, execution)
+
+
+def _is_card(device: Device) -> bool:
+    return device.kind == "gpu" and device.vendor == "nvidia"
+
+
+def _on_cuda(runtime: Any, session: Any, artifact: Artifact, variant: Variant) -> Execution:
+    """Where a session that was to run on CUDA runs, by what the runtime says of each node."""
+    on_cpu = Execution("cpu", _PROVIDER, _ON_CPU[artifact.precision])
+    if cuda_provider.PROVIDER not in session.get_providers():
+        return replace(on_cpu, reason=cuda_provider.why_unused(runtime))
+    nodes = cuda_provider.nodes_by_provider(session)
+    if nodes and cuda_provider.PROVIDER not in nodes:
+        return replace(on_cpu, reason="the CUDA provider has a kernel for none of the model's operators")
+    others = sum(count for provider, count in nodes.items() if provider != cuda_provider.PROVIDER)
+    detail = f"{others} of {sum(nodes.values())} operators on the CPU" if others else ""
+    return Execution(variant.device, cuda_provider.PROVIDER, variant.precision, detail)
+
+
+def _wrap(session: Any, execution: Execution) -> Session:
+    inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+    datatypes = {spec.datatype for spec in (*inputs, *outputs)}
+    if "BF16" in datatypes:
         if "BYTES" in datatypes:
-            return _TextSession(session, inputs, outputs, execution)
-        return _ArraySession(session, inputs, outputs, execution)
+            raise ValueError("the runtime's Python interface cannot carry BF16 and string tensors in one run")
+        return _Bf16Session(session, inputs, outputs, execution)
+    if "BYTES" in datatypes:
+        return _TextSession(session, inputs, outputs, execution)
+    return _ArraySession(session, inputs, outputs, execution)
 
 
 class _ArraySession:
@@ -113,7 +192,7 @@ class _ArraySession:
         return dict(zip(outputs, self._session.run(outputs, inputs), strict=True))
 
     def executed_on(self) -> Execution:
-        """The CPU provider is the only one the session has."""
+        """What was found when the session was made: providers do not change afterwards."""
         return self._execution
 
     def close(self) -> None:
@@ -192,11 +271,28 @@ def _encode(element: str) -> bytes:
     return element.encode("utf-8")
 
 
-def _threads(options: Mapping[str, str]) -> int:
-    unknown = sorted(set(options) - {"threads"})
+def _spinning(spin_us: int) -> dict[str, str]:
+    """Session settings for threads that stay awake `spin_us` after a run.
+
+    Waking a thread costs tens of microseconds, more on a virtual machine, at each of a model's operators; the runtime's
+    own habit is to keep every core busy for tens of milliseconds after every run, to the cost of whatever else runs.
+    """
+    if not spin_us:
+        return {"session.intra_op.allow_spinning": "0"}
+    return {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": str(spin_us)}
+
+
+def _read(options: Mapping[str, str]) -> tuple[int, int]:
+    """Threads and microseconds of spinning."""
+    unknown = sorted(set(options) - {"threads", "spin_us"})
     if unknown:
-        raise ValueError(f"option {unknown[0]!r} is unknown; there is only 'threads'")
-    text = options.get("threads") or str(len(os.sched_getaffinity(0)))
-    if not text.isdecimal() or not 1 <= int(text) <= 1024:
-        raise ValueError(f"option 'threads' is {text!r} and must be a number from 1 to 1024")
+        raise ValueError(f"option {unknown[0]!r} is unknown; there are 'threads' and 'spin_us'")
+    threads = _number(options, "threads", 1, 1024) or len(os.sched_getaffinity(0))
+    return threads, _number(options, "spin_us", 0, _MAX_SPIN_US)
+
+
+def _number(options: Mapping[str, str], name: str, least: int, most: int) -> int:
+    text = options.get(name) or "0"
+    if name in options and (not text.isdecimal() or not least <= int(text) <= most):
+        raise ValueError(f"option {name!r} is {text!r} and must be a number from {least} to {most}")
     return int(text)

@@ -7,14 +7,15 @@ answer is never accepted.
 import fcntl
 import mmap
 import os
+import time
 from importlib import metadata
 
 import numpy as np
 import pytest
-from onnx import TensorProto, checker, helper
+from onnx import TensorProto, checker, helper, numpy_helper
 
-from appliance.backend import ENTRY_POINT_GROUP, Artifact, Backend, Execution, Session, Variant
-from appliance.inventory import read_inventory
+from appliance.backend import ENTRY_POINT_GROUP, PRECISIONS, Artifact, Backend, Execution, Session, Variant
+from appliance.inventory.cpu import read_inventory
 from appliance.types import TensorSpec
 
 INVENTORY = read_inventory()
@@ -52,12 +53,10 @@ def offer(request):
     return backend, format_
 
 
-@pytest.fixture
-def write(offer, tmp_path):
-    """Writes a graph in the offer's format."""
-    _, format_ = offer
+def writer(format_, directory):
+    """Writes a graph in a format."""
 
-    def write_model(nodes, inputs, outputs, initializers=()):
+    def write_model(nodes, inputs, outputs, initializers=(), opset=17):
         graph = helper.make_graph(
             nodes,
             "g",
@@ -65,18 +64,25 @@ def write(offer, tmp_path):
             [helper.make_tensor_value_info(name, CODES[datatype], shape) for name, datatype, shape in outputs],
             list(initializers),
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        ir_version = 9 if opset == 17 else 10
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
         checker.check_model(model)
-        path = tmp_path / "model.onnx"
+        path = directory / "model.onnx"
         path.write_bytes(model.SerializeToString())
         if format_ == "onnx":
             return path
         import openvino
 
-        openvino.save_model(openvino.Core().read_model(path), tmp_path / "model.xml", compress_to_fp16=False)
-        return tmp_path / "model.xml"
+        openvino.save_model(openvino.Core().read_model(path), directory / "model.xml", compress_to_fp16=False)
+        return directory / "model.xml"
 
     return write_model
+
+
+@pytest.fixture
+def write(offer, tmp_path):
+    """Writes a graph in the offer's format."""
+    return writer(offer[1], tmp_path)
 
 
 @pytest.fixture
@@ -132,7 +138,7 @@ def test_a_backend_says_what_it_is(offer):
     assert support.reason == ""
     for device in support.devices:
         candidates = backend.candidates(Artifact(path=None, format=format_), INVENTORY.device(device))
-        assert candidates[0].precision == "FP32"
+        assert candidates[0].precision == "FP32" or INVENTORY.device(device).kind == "npu"
         assert {(one.backend, one.device) for one in candidates} == {(backend.name, device)}
         assert len({(one.precision, tuple(one.options.items())) for one in candidates}) == len(candidates)
 
@@ -403,22 +409,120 @@ def test_threads_are_an_option(dense, load):
         assert f"threads={threads}" in session.executed_on().detail
 
 
-def test_every_candidate_proves_where_and_how_precisely_it_runs(offer, dense):
+WEIGHTS = (np.random.default_rng(6).standard_normal((32, 8)) / np.sqrt(32)).astype(np.float32)
+#: What a result in (-1, 1) may be off by, by the precision of weights or computation that is the coarser. Weights in
+#: integers count as what they stand for, so what is left is how a runtime rounds on the way.
+TOLERANCES = {"FP32": 1e-4, "FP16": 5e-3, "BF16": 0.03, "INT8-WEIGHTS": 0.03, "INT4-WEIGHTS": 0.03, "INT8": 0.05}
+FINEST_FIRST = tuple(TOLERANCES)
+
+
+def quantised(array, bits):
+    """Integers, symmetric, and their scales: one for each column."""
+    scales = (np.abs(array).max(axis=0) / (2 ** (bits - 1) - 1)).astype(np.float32)
+    return np.round(array / scales), scales
+
+
+def cast_initializer(precision):
+    if precision == "FP16":
+        return numpy_helper.from_array(WEIGHTS.astype(np.float16), "w")
+    raw = (WEIGHTS.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return helper.make_tensor("w", TensorProto.BFLOAT16, WEIGHTS.shape, raw, raw=True)
+
+
+def stored_in(precision):
+    """Nodes from ``x`` to ``h`` = x W and initializers, with W stored in `precision`, and what W is then."""
+    product = helper.make_node("MatMul", ["x", "w"], ["h"])
+    if precision == "FP32":
+        return [product], [numpy_helper.from_array(WEIGHTS, "w")], WEIGHTS
+    if precision == "FP16":
+        return (
+            [
+                helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.FLOAT16),
+                helper.make_node("MatMul", ["x16", "w"], ["h16"]),
+                helper.make_node("Cast", ["h16"], ["h"], to=TensorProto.FLOAT),
+            ],
+            [cast_initializer("FP16")],
+            WEIGHTS,
+        )
+    if precision == "BF16":
+        cast = helper.make_node("Cast", ["w"], ["w32"], to=TensorProto.FLOAT)
+        return [cast, helper.make_node("MatMul", ["x", "w32"], ["h"])], [cast_initializer("BF16")], WEIGHTS
+    bits = 4 if precision == "INT4-WEIGHTS" else 8
+    integers, scales = quantised(WEIGHTS, bits)
+    code = TensorProto.INT4 if bits == 4 else TensorProto.INT8
+    initializers = [
+        helper.make_tensor("q", code, WEIGHTS.shape, integers.astype(int).reshape(-1).tolist()),
+        numpy_helper.from_array(scales, "scales"),
+    ]
+    nodes = [helper.make_node("DequantizeLinear", ["q", "scales"], ["w"], axis=1)]
+    if precision != "INT8":
+        return [*nodes, product], initializers, integers * scales
+    initializers += [numpy_helper.from_array(np.float32(8 / 255), "s"), numpy_helper.from_array(np.uint8(128), "z")]
+    nodes += [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        helper.make_node("MatMul", ["xd", "w"], ["h"]),
+    ]
+    return nodes, initializers, integers * scales
+
+
+def _variants():
+    for name, point in sorted(POINTS.items()):
+        backend = point.load()()
+        devices = backend.probe(INVENTORY).devices
+        for format_ in sorted(backend.formats.intersection(READABLE)):
+            for precision in PRECISIONS:
+                for device in devices:
+                    for variant in backend.candidates(Artifact(None, format_, precision), INVENTORY.device(device)):
+                        options = ",".join(f"{key}={value}" for key, value in variant.options.items() if value)
+                        parts = (name, format_, precision, device, variant.precision, options)
+                        yield pytest.param((backend, format_, precision, variant), id="-".join(filter(None, parts)))
+
+
+@pytest.mark.parametrize("case", list(_variants()))
+def test_every_offer_answers_rightly_and_proves_where_and_how_precisely_it_runs(case, tmp_path):
+    backend, format_, precision, variant = case
+    nodes, initializers, weights = stored_in(precision)
+    path = writer(format_, tmp_path)(
+        [*nodes, helper.make_node("Tanh", ["h"], ["y"])],
+        [("x", "FP32", ["N", 32])],
+        [("y", "FP32", ["N", 8])],
+        initializers,
+        opset=21 if precision == "INT4-WEIGHTS" else 17,
+    )
+    session = backend.load(Artifact(path, format_, precision), variant)
+    tolerance = TOLERANCES[max(precision, variant.precision, *floats_of(variant), key=FINEST_FIRST.index)]
+    for rows in (4, 1, 4):
+        array = np.random.default_rng(rows).standard_normal((rows, 32)).astype(np.float32)
+        expected = np.tanh(array @ weights)
+        deadline = time.monotonic() + 30
+        while True:
+            result = session.run({"x": array}, ["y"])["y"]
+            assert result.dtype == np.float32
+            np.testing.assert_allclose(result, expected, atol=tolerance)
+            if getattr(session, "is_settled", True):
+                break
+            assert time.monotonic() < deadline, "the session settles"
+        np.testing.assert_allclose(session.run({"x": array}, ["y"])["y"], expected, atol=tolerance)
+    execution = session.executed_on()
+    assert isinstance(execution, Execution)
+    assert (execution.device, execution.precision) == (variant.device, variant.precision)
+    assert execution.provider
+    assert execution.reason == ""
+    session.close()
+
+
+def floats_of(variant):
+    """What a quantised model leaves in floating point."""
+    words = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+    return [words[value] for name, value in variant.options.items() if name == "float"]
+
+
+def test_options_of_two_offers_differ(offer):
     backend, format_ = offer
-    path, reference = dense
-    artifact = Artifact(path, format_)
-    array = np.random.default_rng(4).standard_normal((4, 32)).astype(np.float32)
-    for variant in backend.candidates(artifact, INVENTORY.devices[0]):
-        session = backend.load(artifact, variant)
-        result = session.run({"x": array}, ["y"])["y"]
-        assert result.dtype == np.float32
-        tolerance = 1e-4 if variant.precision == "FP32" else 0.2
-        np.testing.assert_allclose(result, reference(array), atol=tolerance)
-        execution = session.executed_on()
-        assert isinstance(execution, Execution)
-        assert (execution.device, execution.precision) == (variant.device, variant.precision)
-        assert execution.provider
-        session.close()
+    for precision in PRECISIONS:
+        offered = backend.candidates(Artifact(None, format_, precision), INVENTORY.devices[0])
+        assert len({(one.precision, tuple(sorted(one.options.items()))) for one in offered}) == len(offered)
 
 
 def test_two_sessions_side_by_side_do_not_disturb_each_other(dense, load):
