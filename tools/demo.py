@@ -49,7 +49,13 @@ def running_daemon(directory: Path, repository: Path) -> Iterator[tuple[Popen[by
     """
     listen = {"directory": str(directory), "grpc_tcp": "127.0.0.1:0", "http_tcp": "127.0.0.1:0"}
     config, log = directory / "config.toml", directory / "log"
-    lines = ["[repository]", f"path = {json.dumps(str(repository))}", "load = []", "[listen]"]
+    lines = [
+        "[repository]",
+        f"path = {json.dumps(str(repository))}",
+        "load = []",
+        f"state = {json.dumps(str(directory / 'state'))}",
+        "[listen]",
+    ]
     config.write_text("\n".join((*lines, *(f"{key} = {json.dumps(value)}" for key, value in listen.items()))))
     with log.open("wb") as stream:
         daemon = Popen(

@@ -29,12 +29,15 @@ class RepositorySection(_Section):
         strict: The daemon is not ready while a startup model has failed.
         cache: Directory of compiled models; empty for ``$CACHE_DIRECTORY``, ``$XDG_CACHE_HOME/inference-appliance`` or
             ``~/.cache/inference-appliance``, the first that is set.
+        state: Directory of what must last: measurements, evidence, quantised variants; empty for ``$STATE_DIRECTORY``,
+            ``$XDG_STATE_HOME/inference-appliance`` or ``~/.local/state/inference-appliance``, the first that is set.
     """
 
     path: str = "models"
     load: list[str] = ["*"]
     strict: bool = False
     cache: str = ""
+    state: str = ""
 
 
 class ListenSection(_Section):
@@ -116,6 +119,26 @@ class WorkersSection(_Section):
     quarantine_seconds: Annotated[float, Field(gt=0, le=86400)] = 60.0
 
 
+class TuningSection(_Section):
+    """Measuring by itself while the machine is idle. ``appliancectl tune`` measures at any time.
+
+    Attributes:
+        enabled: False leaves measuring to ``appliancectl tune``.
+        idle_seconds: The daemon has had no request for this long before it measures.
+        resume_seconds: A measurement that a request interrupted goes on after this long without another.
+        budget_seconds: Measuring time one model may take at a stretch; what is left over waits for the next idle time.
+        point_seconds: Time spent on one batch size of one variant; less where the budget asks for it.
+        max_load: Other programs may use this share of the cores while the daemon begins to measure by itself.
+    """
+
+    enabled: bool = True
+    idle_seconds: Annotated[float, Field(gt=0, le=86400)] = 30.0
+    resume_seconds: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    budget_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    point_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
+    max_load: Annotated[float, Field(gt=0, le=1000)] = 0.3
+
+
 class ShutdownSection(_Section):
     """Stopping.
 
@@ -158,6 +181,7 @@ class Config(_Section):
     access: AccessSection = AccessSection()
     limits: LimitsSection = LimitsSection()
     workers: WorkersSection = WorkersSection()
+    tuning: TuningSection = TuningSection()
     shutdown: ShutdownSection = ShutdownSection()
     log: LogSection = LogSection()
     backends: dict[str, BackendSection] = {}
@@ -170,6 +194,15 @@ class Config(_Section):
         if service:
             return Path(service.partition(":")[0])
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-appliance"
+
+    def state_directory(self) -> Path:
+        """Where measurements, evidence and quantised variants go."""
+        if self.repository.state:
+            return Path(self.repository.state).absolute()
+        service = os.environ.get("STATE_DIRECTORY")
+        if service:
+            return Path(service.partition(":")[0])
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "inference-appliance"
 
     def socket_directory(self) -> Path:
         """Where the Unix sockets go."""

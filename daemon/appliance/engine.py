@@ -8,20 +8,31 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from appliance.activity import Activity
 from appliance.call import FINISHED, NEW, Call, OutputTable, Plan
+from appliance.chooser import Chooser
 from appliance.config import Config
 from appliance.deadline import Deadlines
+from appliance.errands import Errands
 from appliance.errors import ApplianceError, BackendError, ModelNotFound, ShuttingDown
+from appliance.hardware import Hardware, Survey
+from appliance.idler import Idler
 from appliance.inventory import Inventory
+from appliance.inventory.asking import directories_of, take_inventory
+from appliance.jobs import Jobs
 from appliance.manifest import MODEL_NAME, check_model_name
 from appliance.metrics import ModelStatistics
 from appliance.models import Model
 from appliance.planner import check_contents, make_plan
-from appliance.plugins import BackendRecord, discover
+from appliance.plugins import BackendRecord
+from appliance.quantizer import Quantizer
+from appliance.registry import Registry
 from appliance.text import TextEncoder, Tokens
+from appliance.tuner import Tuner
 from appliance.types import InferRequest, InferResult, ModelDescription, ModelState, ModelStatus, Tensor, Timings
 from appliance.wire.elements import split_elements
 
@@ -38,24 +49,48 @@ class Engine:
 
     Attributes:
         accepting: False from the moment draining starts.
-        inventory: The machine.
+        hardware: The machine and the backends.
+        registry: What was learned about it.
+        chooser: Decides how models run.
+        jobs: Measuring and quantising under way.
+        tuner: Measures.
+        quantizer: Makes variants of lower precision.
     """
 
-    def __init__(self, config: Config, inventory: Inventory) -> None:
+    def __init__(self, config: Config, inventory: Inventory, survey: Survey = take_inventory) -> None:
         self.accepting = True
-        self.inventory = inventory
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, lambda call: call.plan.instance.expire(call))
         self._models: dict[str, Model] = {}
         self._repository = Path(config.repository.path).resolve()
-        self._discovery: asyncio.Task[dict[str, BackendRecord]] | None = None
+        self._activity = Activity()
+        sections = config.backends.items()
+        disabled = [name for name, section in sections if not section.enabled]
+        pythons = {name: section.python for name, section in sections if section.python}
+        self.hardware = Hardware(inventory, directories_of(config), disabled, pythons, survey)
+        self.registry = Registry(config.state_directory())
+        self._opening: asyncio.Task[None] | None = None
+        self.chooser = Chooser(
+            self._known_backends,
+            lambda: self.hardware.inventory,
+            self.registry,
+            config.cache_directory(),
+            config.state_directory(),
+        )
+        self.jobs = Jobs()
+        errands = Errands(self._activity, self._is_busy, config.tuning.resume_seconds)
+        self.tuner = Tuner(self.chooser, self.jobs, errands, self.model, config.tuning, config.cache_directory())
+        self.quantizer = Quantizer(self.chooser, self.jobs, errands, self.model, self.tuner)
+        self._idler = Idler(self.tuner, self.jobs, self._activity, self._is_busy, self._ready_models, config.tuning)
+        self.hardware.on_change = self._idler.look_again
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
         self._listeners: list[Listener] = []
         self._told: dict[str, bool] = {}
         self._startup: set[str] = set()
         self._is_started = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._idle_work: asyncio.Task[None] | None = None
 
     # ---------------------------------------------------------------- life
 
@@ -71,6 +106,14 @@ class Engine:
                 raise failure
         self._is_started = True
         self._tell()
+        self._idle_work = self._loop.create_task(self._begin_idle_work())
+
+    async def _begin_idle_work(self) -> None:
+        """What can wait until the startup models serve."""
+        await self._open_registry()
+        self.hardware.watch()
+        self.tuner.resume_wanted()
+        self._idler.start()
 
     def begin_drain(self) -> None:
         """Refuse what is new and say so to everybody who watches."""
@@ -80,11 +123,14 @@ class Engine:
     async def stop(self, grace_seconds: float) -> None:
         """Let requests in flight finish within the grace, end the workers."""
         self.begin_drain()
-        if self._discovery is not None:
-            self._discovery.cancel()
-            await asyncio.wait({self._discovery})
+        if self._idle_work is not None:
+            self._idle_work.cancel()
+        self._idler.stop()
+        await self.jobs.close()
+        await self.hardware.stop()
         await asyncio.gather(*(model.stop(grace_seconds) for model in self._models.values()))
         self._threads.shutdown(wait=False, cancel_futures=True)
+        await self.registry.close()
 
     def scan(self) -> list[str]:
         """Look for model directories; returns the names of all models, sorted."""
@@ -111,23 +157,78 @@ class Engine:
     def _model_or_new(self, name: str) -> Model:
         model = self._models.get(name)
         if model is None:
-            directory, cache = self._repository / name, self._config.cache_directory()
-            model = Model(name, directory, cache, self._config.workers, self._deadlines, self._model_changed)
+            model = Model(
+                name,
+                self._repository / name,
+                self.chooser,
+                self._config.workers,
+                self._deadlines,
+                self._activity,
+                self._model_changed,
+            )
             self._models[name] = model
         return model
 
+    async def diagnose(self, environment: Mapping[str, str]) -> dict[str, Any]:
+        """What is wrong with the installation, and what to do about it.
+
+        Args:
+            environment: Environment variables of whoever asks.
+
+        Returns:
+            ``findings``, the worst first; ``healthy`` where none is worse than a note; ``checks``, names of all made.
+        """
+        # Late: a daemon that nobody asks need not have it in memory.
+        from appliance.doctor.diagnosis import CHECKS, diagnose, is_healthy
+        from appliance.doctor.gathering import gather_facts
+
+        self.scan()
+        models = [model for _, model in sorted(self._models.items())]
+        facts = await gather_facts(
+            await self.hardware.climbed(),
+            await self.backends(),
+            models,
+            self.tuner,
+            self.registry,
+            self._config,
+            environment,
+        )
+        findings = diagnose(facts)
+        return {
+            "findings": [asdict(finding) for finding in findings],
+            "healthy": is_healthy(findings),
+            "checks": list(CHECKS),
+        }
+
+    def _is_busy(self) -> bool:
+        return any(model.is_busy for model in self._models.values())
+
+    def _ready_models(self) -> list[Model]:
+        return [model for _, model in sorted(self._models.items()) if model.state is ModelState.READY]
+
     async def backends(self) -> Mapping[str, BackendRecord]:
         """Every backend by name, probed once and on first need."""
-        if self._discovery is None:
-            sections = self._config.backends.items()
-            disabled = [name for name, section in sections if not section.enabled]
-            pythons = {name: section.python for name, section in sections if section.python}
-            self._discovery = self._loop.create_task(discover(self.inventory, disabled, pythons))
-        return await asyncio.shield(self._discovery)
+        return await self.hardware.backends()
+
+    async def _known_backends(self) -> Mapping[str, BackendRecord]:
+        """The backends, once what the registry knows of them can be looked up too."""
+        records, _ = await asyncio.gather(self.hardware.backends(), self._open_registry())
+        return records
+
+    async def _open_registry(self) -> None:
+        if self._opening is None:
+            self._opening = self._loop.create_task(self.registry.open())
+        await asyncio.shield(self._opening)
 
     # ---------------------------------------------------------------- models
 
-    def _model(self, name: str) -> Model:
+    def model(self, name: str) -> Model:
+        """The model of that name.
+
+        Raises:
+            ModelNotFound: The repository has none.
+            InvalidRequest: `name` cannot be a model's.
+        """
         model = self._models.get(name)
         if model is None:
             check_model_name(name)
@@ -150,7 +251,7 @@ class Engine:
             ModelNotFound: No such model or version.
             InvalidRequest: `name` cannot be a model's.
         """
-        model = self._model(name)
+        model = self.model(name)
         model.check_version(version)
         return self.accepting and model.state is ModelState.READY
 
@@ -161,7 +262,7 @@ class Engine:
             ModelNotFound: No such model or version.
             ModelNotReady: It was never loaded.
         """
-        return self._model(name).describe(version)
+        return self.model(name).describe(version)
 
     def statuses(self) -> list[ModelStatus]:
         """Every model of the repository, by name."""
@@ -175,7 +276,7 @@ class Engine:
             ModelNotFound: No such model or version.
         """
         if name:
-            model = self._model(name)
+            model = self.model(name)
             model.check_version(version)
             return [(model.status(), model.statistics)]
         return [(model.status(), model.statistics) for _, model in sorted(self._models.items()) if model.version]
@@ -191,7 +292,8 @@ class Engine:
             raise ShuttingDown("cannot load a model: the daemon is stopping")
         if name not in self._models and not (self._repository / name).is_dir():
             raise ModelNotFound(f"cannot find model {name!r}: the repository has none of that name")
-        await self._model_or_new(name).load(self.backends)
+        await self._model_or_new(name).load()
+        self._idler.look_again()
 
     async def unload(self, name: str) -> None:
         """Unload a model; requests it has admitted are answered first.
@@ -199,7 +301,7 @@ class Engine:
         Raises:
             ModelNotFound: No such model.
         """
-        await self._model(name).unload()
+        await self.model(name).unload()
 
     # ---------------------------------------------------------------- readiness listeners
 
@@ -239,7 +341,7 @@ class Engine:
         """
         if not self.accepting:
             raise ShuttingDown("cannot run the request: the daemon is stopping")
-        instance = self._model(name).serving(version)
+        instance = self.model(name).serving(version)
         return make_plan(instance, instance.signature, inputs, outputs)
 
     def submit(self, name: str, call: Call) -> None:
@@ -259,7 +361,7 @@ class Engine:
                 raise instance.refusal()
             instance.check_room(call.nbytes)
             # Taken now: a reload may bring another tokenizer while this one works.
-            model = self._model(name)
+            model = self.model(name)
             encoder = model.encoder
             if encoder is None:
                 raise instance.refusal()

@@ -8,9 +8,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
+from appliance.activity import Activity
 from appliance.batcher import Batcher, EagerPolicy
 from appliance.call import FINISHED, NEW, QUEUED, RUNNING, Call, OutputTable, Sink
 from appliance.config import WorkersSection
@@ -28,6 +28,7 @@ from appliance.errors import (
 from appliance.gather import Gatherer, Scatterer, read_row_errors
 from appliance.manifest import Manifest
 from appliance.metrics import ModelStatistics
+from appliance.placement import Placement
 from appliance.planner import Signature, check_text, signature_of
 from appliance.poison import Suspects
 from appliance.slab import ALIGNMENT, Slab, aligned
@@ -54,21 +55,6 @@ _RUN: Final = int(frames.Kind.RUN)
 LinkMaker = Callable[[asyncio.AbstractEventLoop, LinkListener, str], WorkerLink]
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The variant chosen for a model and what a worker needs to load it.
-
-    Attributes:
-        backend: Backend name.
-        python: Interpreter of the backend's environment; empty for the daemon's own.
-        load: The message a worker is started with.
-    """
-
-    backend: str
-    python: str
-    load: worker_pb2.Load
-
-
 def slab_bytes(specs: tuple[TensorSpec, ...], rows: int) -> int:
     """Bytes for `rows` rows of every tensor, each aligned, within the slab bounds."""
     total = 0
@@ -90,6 +76,7 @@ class Instance:
         loaded: What the worker reported; set by `start`.
         accepts: True while calls are taken; plans are good for as long.
         restarts: Times the worker was started again.
+        last_crash: How the worker ended when it crashed last; empty while it never has.
         load_ns: How long the last start took.
         default_timeout_us: The manifest's deadline for requests; 0 for none.
     """
@@ -106,6 +93,7 @@ class Instance:
         deadlines: Deadlines,
         on_change: Callable[[], None],
         make_link: LinkMaker = WorkerLink,
+        activity: Activity | None = None,
     ) -> None:
         self._loop = loop
         self._make_link = make_link
@@ -115,6 +103,7 @@ class Instance:
         self._statistics = statistics
         self._deadlines = deadlines
         self._on_change = on_change
+        self._activity = activity or Activity()
         self._batcher = Batcher(EagerPolicy(), manifest.batch.max_queue_size, manifest.batch.max_queue_bytes)
         self._link: WorkerLink | None = None
         self._slots: list[Slot] = []
@@ -139,6 +128,7 @@ class Instance:
         self.loaded = worker_pb2.Loaded()
         self.accepts = False
         self.restarts = 0
+        self.last_crash = ""
         self.load_ns = 0
 
     # ---------------------------------------------------------------- life
@@ -147,6 +137,15 @@ class Instance:
     def pid(self) -> int | None:
         """The worker's process id, or None."""
         return self._link.pid if self._link is not None else None
+
+    @property
+    def fallback(self) -> str:
+        """Why it does not run where it was to; empty where it does."""
+        execution = self.loaded.execution
+        if self.placement.fallback or execution.device == self.placement.load.device:
+            return self.placement.fallback
+        reason = execution.reason or "the runtime gives no reason"
+        return f"{self.placement.variant} ran on {execution.device!r}: {reason}"
 
     @property
     def queued(self) -> int:
@@ -362,6 +361,7 @@ class Instance:
         if link is None:
             return
         began = time.monotonic_ns()
+        self._activity.note(began)
         for call in calls:
             call.queue_ns = began - call.admitted_ns
         try:
@@ -565,6 +565,7 @@ class Instance:
     def on_lost(self, reason: str) -> None:
         """The worker died: fail what it had, restart or quarantine (called by the link)."""
         _log.error("%s: the worker %s", self._manifest.name, reason)
+        self.last_crash = reason
         self.accepts = False
         now = time.monotonic_ns()
         running = [call for slot in self._slots for call in slot.calls]

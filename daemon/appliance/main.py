@@ -21,7 +21,7 @@ from appliance.config import Config, read_config
 from appliance.engine import Engine
 from appliance.errors import ConfigError
 from appliance.guardian import Guardian
-from appliance.inventory import read_inventory
+from appliance.inventory.asking import directories_of, take_inventory
 from appliance.server import listen
 from appliance.server.grpc import GrpcServer
 from appliance.server.http import HttpServer
@@ -93,7 +93,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.request_stop)
-        engine = Engine(config, read_inventory())
+        engine = Engine(config, await take_inventory(directories_of(config)))
         native = NativeServer(engine, config.limits, self._admin_uids)
         grpc = GrpcServer(engine, config)
         http = HttpServer(engine, config)

@@ -167,9 +167,18 @@ class SampleReference(_Section):
 
 
 class SamplesSection(_Section):
-    """Held-out inputs with labels.
+    """Held-out inputs with labels, and inputs to calibrate with.
 
-    One JSON object a line: ``{"inputs": {NAME: TEXT or {"base64": ...}}, "label": ...}``.
+    One JSON object a line: ``{"inputs": {NAME: TEXT or {"base64": ...} or nested lists of numbers}, "label": ...}``;
+    the label may be left out.
+
+    Attributes:
+        evaluation: Inputs that variants of lower precision are judged by; they took part in neither training nor
+            calibration.
+        calibration: Inputs that quantisation learns ranges from.
+        reference: What the model's maker measured on the evaluation sample.
+        record: Rows of live requests to keep as calibration inputs, on this machine and readable by the daemon alone;
+            0 for none.
     """
 
     evaluation: str | None = None
@@ -177,6 +186,7 @@ class SamplesSection(_Section):
     calibration: str | None = None
     calibration_sha256: Sha256 | None = None
     reference: SampleReference | None = None
+    record: Annotated[int, Field(ge=0, le=100_000)] = 0
 
     @model_validator(mode="after")
     def _samples_below(self) -> Self:
@@ -212,8 +222,32 @@ class PlacementSection(_Section):
     options: dict[str, str] = {}
 
 
+class QualitySection(_Section):
+    """What a variant of lower precision must keep.
+
+    Attributes:
+        bound: The most it may be worse than the FP32 reference, as a share: 0.01 is 1 %.
+        metric: ``auto`` takes the task's: accuracy with labels, else agreement, for classifiers; mean cosine for
+            embeddings; relative L2 otherwise.
+        lowest: ``FP32`` keeps every lower precision out; ``BF16`` allows BF16 and FP16; ``INT4`` allows all.
+        limit: Rows of the sample to use.
+    """
+
+    bound: Annotated[float, Field(ge=0, le=1)] = 0.01
+    metric: Literal["auto", "accuracy", "agreement", "cosine", "relative-l2"] = "auto"
+    lowest: Literal["FP32", "BF16", "INT8", "INT4"] = "INT4"
+    limit: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+
+
 class Manifest(_Section):
-    """A model, as its directory describes it."""
+    """A model, as its directory describes it.
+
+    Attributes:
+        objective: What the choice among measured variants goes by: ``latency`` of one row, ``throughput`` at the best
+            batch size, ``memory``, ``energy`` of a row, or ``balanced``: latency and throughput alike.
+        fallback: What happens where the device of the first choice cannot be had: ``forbid`` fails the load, ``warn``
+            takes the next, says so in the log and counts it, ``allow`` takes the next.
+    """
 
     schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
     name: Annotated[str, StringConstraints(pattern=rf"^{MODEL_NAME.pattern}$")]
@@ -222,6 +256,8 @@ class Manifest(_Section):
     license: str = ""
     source: str = ""
     max_batch_size: Annotated[int, Field(ge=0, le=65536)] | None = None
+    objective: Literal["latency", "throughput", "memory", "energy", "balanced"] = "balanced"
+    fallback: Literal["forbid", "warn", "allow"] = "warn"
     artifacts: list[ArtifactEntry]
     inputs: list[TensorEntry] = []
     outputs: list[TensorEntry] = []
@@ -229,6 +265,7 @@ class Manifest(_Section):
     image: ImageSection | None = None
     classification: ClassificationSection | None = None
     samples: SamplesSection | None = None
+    quality: QualitySection = QualitySection()
     batch: BatchSection = BatchSection()
     placement: PlacementSection = PlacementSection()
 

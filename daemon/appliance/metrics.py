@@ -46,6 +46,7 @@ class ModelStatistics:
         postprocess: Labels and scores, by batch.
         cancelled: Requests withdrawn or expired before they ran.
         refused: Requests not admitted, by error kind.
+        fallbacks: Loads that ended on another device than the first choice.
         batches: Durations by number of rows.
     """
 
@@ -63,6 +64,7 @@ class ModelStatistics:
     postprocess: Duration = field(default_factory=Duration)
     cancelled: int = 0
     refused: dict[str, int] = field(default_factory=dict)
+    fallbacks: int = 0
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
 
     def refuse(self, kind: str) -> None:

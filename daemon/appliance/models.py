@@ -8,12 +8,15 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from appliance import heap
+from appliance.activity import Activity
 from appliance.artifacts import resolve_inside, verify_digest
+from appliance.chooser import Chooser
 from appliance.config import WorkersSection
 from appliance.deadline import Deadlines
 from appliance.errors import (
@@ -25,11 +28,10 @@ from appliance.errors import (
     NoPlacement,
     ShuttingDown,
 )
-from appliance.instance import Instance, Placement
+from appliance.instance import Instance
 from appliance.manifest import Manifest, read_manifest
 from appliance.metrics import ModelStatistics
-from appliance.placement import placements
-from appliance.plugins import BackendRecord
+from appliance.placement import ChosenBy, Placement
 from appliance.text import TextEncoder
 from appliance.types import ModelDescription, ModelState, ModelStatus
 
@@ -38,21 +40,29 @@ _log = logging.getLogger("appliance.models")
 #: Time a replaced or unloaded instance has for the requests it admitted.
 _DRAIN_SECONDS: Final = 30.0
 
-Records = Callable[[], Awaitable[Mapping[str, BackendRecord]]]
-
 
 class _Prepared:
     """What a load found on disk, before any worker runs."""
 
-    __slots__ = ("candidates", "encoder", "fingerprint", "manifest", "version")
+    __slots__ = ("encoder", "fingerprint", "manifest", "placements", "version")
 
-    def __init__(self, directory: Path, records: Mapping[str, BackendRecord], cache: Path) -> None:
-        self.manifest = read_manifest(directory)
-        self.version = self.manifest.versions[-1]
-        self.candidates = placements(self.manifest, directory, self.version, records, cache)
-        self.encoder = _read_encoder(self.manifest, directory)
-        artifacts = [candidate.load.artifact_path for candidate in self.candidates]
-        self.fingerprint = (self.manifest, _files(directory, artifacts))
+    def __init__(self, directory: Path, manifest: Manifest, placements: Sequence[Placement]) -> None:
+        self.manifest = manifest
+        self.version = manifest.versions[-1]
+        self.placements = placements
+        self.encoder = _read_encoder(manifest, directory)
+        self.fingerprint = (manifest, _files(directory, [each.load.artifact_path for each in placements]))
+
+    @classmethod
+    async def read(cls, directory: Path, chooser: Chooser) -> "_Prepared":
+        """Read a model's directory and decide what to try.
+
+        Raises:
+            ApplianceError: It cannot be used, or nothing can run it.
+        """
+        manifest = await asyncio.to_thread(read_manifest, directory)
+        placements = await chooser.placements(manifest, directory, manifest.versions[-1])
+        return await asyncio.to_thread(cls, directory, manifest, placements)
 
 
 def _files(directory: Path, artifacts: Sequence[str]) -> tuple[tuple[str, int, int, int], ...]:
@@ -93,13 +103,15 @@ class Model:
         self,
         name: str,
         directory: Path,
-        cache: Path,
+        chooser: Chooser,
         settings: WorkersSection,
         deadlines: Deadlines,
+        activity: Activity,
         on_change: Callable[[str], None],
     ) -> None:
         self.name = name
-        self._cache = cache
+        self._chooser = chooser
+        self._activity = activity
         self.directory = directory
         self.statistics = ModelStatistics()
         self.encoder: TextEncoder | None = None
@@ -133,6 +145,21 @@ class Model:
     def version(self) -> str:
         """The version served, or the one last looked at."""
         return self._prepared.version if self._prepared is not None else ""
+
+    @property
+    def variant(self) -> str:
+        """Name of the candidate that serves; empty while none does."""
+        return self._instance.placement.variant if self._instance is not None else ""
+
+    @property
+    def chosen_by(self) -> str:
+        """What the choice of `variant` rests on; empty while nothing serves."""
+        return self._instance.placement.chosen_by if self._instance is not None else ""
+
+    @property
+    def is_busy(self) -> bool:
+        """True while requests wait or run."""
+        return self._instance is not None and bool(self._instance.queued or self._instance.running)
 
     def serving(self, version: str = "") -> Instance:
         """The instance that answers requests.
@@ -175,6 +202,10 @@ class Model:
             reason=instance.reason,
             task=self._prepared.manifest.task if self._prepared is not None else "tensor",
             backend=instance.placement.backend,
+            variant=instance.placement.variant,
+            chosen_by=instance.placement.chosen_by,
+            requested_device=instance.placement.load.device,
+            fallback=instance.fallback,
             device=loaded.execution.device,
             precision=loaded.execution.precision,
             provider=loaded.execution.provider,
@@ -183,6 +214,7 @@ class Model:
             pid=instance.pid,
             resident_bytes=loaded.resident_bytes,
             restarts=instance.restarts,
+            last_crash=instance.last_crash,
             load_ms=instance.load_ns / 1e6,
             queued=instance.queued,
             running=instance.running,
@@ -220,7 +252,7 @@ class Model:
 
     # ---------------------------------------------------------------- load and unload
 
-    async def load(self, records: Records) -> None:
+    async def load(self) -> None:
         """Load, or reload if the model changed on disk; joins a load under way and waits for an unload.
 
         Raises:
@@ -229,7 +261,7 @@ class Model:
         while self._change is not None and not self._is_loading:
             await asyncio.wait({self._change})
         if self._change is None:
-            self._start_change(self._load(records), is_loading=True)
+            self._start_change(self._load(), is_loading=True)
         await self._join()
 
     async def unload(self) -> None:
@@ -263,12 +295,11 @@ class Model:
             raise ShuttingDown(f"cannot finish changing model {self.name!r}: the daemon is stopping")
         change.result()
 
-    async def _load(self, records: Records) -> None:
+    async def _load(self) -> None:
         try:
             if not self.directory.is_dir():
                 raise ModelNotFound(f"cannot load model {self.name!r}: the repository has it no more")
-            found = await records()
-            prepared = await asyncio.to_thread(_Prepared, self.directory, found, self._cache)
+            prepared = await _Prepared.read(self.directory, self._chooser)
             serving = self._instance
             is_same = self._prepared is not None and prepared.fingerprint == self._prepared.fingerprint
             if is_same and serving is not None and serving.state is ModelState.READY:
@@ -293,30 +324,77 @@ class Model:
 
     async def _first_that_loads(self, prepared: _Prepared) -> Instance:
         failures: list[tuple[Placement, ApplianceError]] = []
-        for candidate in prepared.candidates:
-            instance = Instance(
-                asyncio.get_running_loop(),
-                prepared.manifest,
-                candidate,
-                self._settings,
-                self.statistics,
-                self._deadlines,
-                lambda: self._on_change(self.name),
-            )
+        first = prepared.placements[0]
+        for each in prepared.placements:
+            placement = each
+            if failures:
+                if each.load.device != first.load.device:
+                    if prepared.manifest.fallback == "forbid":
+                        continue
+                    placement = replace(each, fallback=_fallback_reason(failures))
+                elif first.chosen_by is ChosenBy.PINNED:
+                    placement = replace(each, fallback=_fallback_reason(failures))
+            instance = self._new_instance(prepared.manifest, placement)
             try:
                 await instance.start()
             except ApplianceError as error:
-                _log.warning("%s on %s: %s", self.name, candidate.backend, error)
-                failures.append((candidate, error))
+                _log.warning("%s as %s: %s", self.name, placement.variant, error)
+                failures.append((placement, error))
             except BaseException:
                 await instance.close()
                 raise
             else:
+                self._note_fallback(prepared.manifest, instance)
                 return instance
         if len({type(error) for _, error in failures}) == 1 and not isinstance(failures[0][1], NoPlacement):
             raise failures[0][1]
-        listed = "; ".join(f"{candidate.backend}: {error}" for candidate, error in failures)
+        listed = "; ".join(f"{placement.variant}: {error}" for placement, error in failures)
+        if len(failures) < len(prepared.placements):
+            listed += "; fallback is 'forbid', so no other device is tried"
         raise NoPlacement(f"cannot place model {self.name!r}: {listed}")
+
+    def _new_instance(self, manifest: Manifest, placement: Placement) -> Instance:
+        return Instance(
+            asyncio.get_running_loop(),
+            manifest,
+            placement,
+            self._settings,
+            self.statistics,
+            self._deadlines,
+            lambda: self._on_change(self.name),
+            activity=self._activity,
+        )
+
+    def _note_fallback(self, manifest: Manifest, instance: Instance) -> None:
+        """Never silently: count it and, unless the manifest allows it, say so in the log."""
+        if instance.fallback:
+            self.statistics.fallbacks += 1
+            if manifest.fallback != "allow":
+                _log.warning(
+                    "%s runs on %s as a fallback: %s", self.name, instance.loaded.execution.device, instance.fallback
+                )
+
+    async def move(self, placement: Placement) -> None:
+        """Have another variant of the version that is loaded take over; no request meets a gap.
+
+        Raises:
+            ModelNotReady: The model is not loaded.
+            ApplianceError: The variant cannot be loaded; what served before still serves.
+        """
+        while self._change is not None:
+            await asyncio.wait({self._change})
+        self._start_change(self._move(placement), is_loading=True)
+        await self._join()
+
+    async def _move(self, placement: Placement) -> None:
+        if self._instance is None or self._prepared is None:
+            raise ModelNotReady(f"cannot change how model {self.name!r} runs: it is {self.state.value}")
+        instance = self._new_instance(self._prepared.manifest, placement)
+        await instance.start()
+        self._note_fallback(self._prepared.manifest, instance)
+        replaced, self._instance = self._instance, instance
+        if replaced is not None:
+            self._retire(replaced)
 
     async def _unload(self) -> None:
         instance, self._instance = self._instance, None
@@ -347,6 +425,10 @@ class Model:
                 task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _fallback_reason(failures: Sequence[tuple[Placement, ApplianceError]]) -> str:
+    return "; ".join(f"{placement.variant}: {error}" for placement, error in failures)
 
 
 async def _end(instance: Instance, grace_seconds: float, error: ApplianceError | None = None) -> None:

@@ -163,6 +163,10 @@ class ModelStatus:
         reason: Why it is not ready; empty when it is.
         task: The manifest's task.
         backend: Backend of the placement, or empty before the first load.
+        variant: The candidate that serves, as ``explain`` names it, likewise.
+        chosen_by: ``"rule"``, ``"measured"`` or ``"pinned"``, likewise.
+        requested_device: Device the placement asked for, likewise.
+        fallback: Why it does not run on the device of the first choice; empty where it does.
         device: Device the session reported, likewise.
         precision: Precision the session reported, likewise.
         provider: The runtime's own name of the executor, likewise.
@@ -171,6 +175,7 @@ class ModelStatus:
         pid: The worker's process id while one runs.
         resident_bytes: The worker's resident memory after loading.
         restarts: Times a worker was started again after a crash.
+        last_crash: How its worker ended when it crashed last; empty while it never has.
         load_ms: How long the last load took, warm-up included.
         queued: Requests waiting now.
         running: Requests in a worker now.
@@ -182,6 +187,10 @@ class ModelStatus:
     reason: str = ""
     task: str = "tensor"
     backend: str = ""
+    variant: str = ""
+    chosen_by: str = ""
+    requested_device: str = ""
+    fallback: str = ""
     device: str = ""
     precision: str = ""
     provider: str = ""
@@ -190,6 +199,7 @@ class ModelStatus:
     pid: int | None = None
     resident_bytes: int = 0
     restarts: int = 0
+    last_crash: str = ""
     load_ms: float = 0.0
     queued: int = 0
     running: int = 0

@@ -10,10 +10,13 @@ from appliance_client.errors import ApplianceError
 from appliancectl import failure
 from appliancectl.bench import bench
 from appliancectl.completion import completion
+from appliancectl.doctor import doctor
 from appliancectl.hardware import backends, hardware
 from appliancectl.infer import infer
+from appliancectl.jobs import jobs
 from appliancectl.models import load, models, unload
 from appliancectl.status import status, version
+from appliancectl.tuning import explain, pin, quantize, tune, unpin
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +27,10 @@ def cli() -> None:
     """
 
 
-for _command in (status, hardware, backends, models, load, unload, infer, bench, version, completion):
+for _command in (
+    status, hardware, backends, models, load, unload, infer, bench,
+    explain, tune, quantize, pin, unpin, jobs, doctor, version, completion,
+):  # fmt: skip
     cli.add_command(_command)
 
 

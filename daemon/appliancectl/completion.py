@@ -1,6 +1,7 @@
 """``appliancectl completion``, and the names that completion offers."""
 
 from contextlib import suppress
+from urllib.parse import quote
 
 import click
 
@@ -18,6 +19,15 @@ def complete_model(context: click.Context, _: click.Parameter, incomplete: str) 
     with suppress(ApplianceError):
         answer = target.admin(_COMPLETE_SECONDS).get("/admin/models")
         return [model["name"] for model in answer["models"] if model["name"].startswith(incomplete)]
+    return []
+
+
+def complete_variant(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """Names of the candidates of the model named before."""
+    target = Target(context.params.get("socket_dir"), wants_json=True)
+    with suppress(ApplianceError):
+        answer = target.admin(_COMPLETE_SECONDS).get(f"/admin/models/{quote(context.params['name'], safe='')}/explain")
+        return [one["name"] for one in answer["candidates"] if one["name"].startswith(incomplete)]
     return []
 
 

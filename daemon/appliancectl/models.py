@@ -36,6 +36,8 @@ def print_models(models: Sequence[dict[str, Any]]) -> None:
     for model in models:
         if model["reason"]:
             click.echo(f"{model['name']}: {model['reason']}")
+        if model["fallback"]:
+            click.echo(f"{model['name']} runs on {model['device']} as a fallback: {model['fallback']}")
 
 
 def print_model(model: dict[str, Any]) -> None:
@@ -48,7 +50,9 @@ def print_model(model: dict[str, Any]) -> None:
         ("reason", model["reason"]),
         ("task", model["task"]),
         ("backend", model["backend"]),
+        ("variant", f"{model['variant']} ({model['chosen_by']})" if model["variant"] else ""),
         ("device", model["device"]),
+        ("fallback", model["fallback"]),
         ("precision", model["precision"]),
         ("executed by", model["provider"]),
         ("runtime", model["runtime"]),

@@ -27,6 +27,13 @@ class Target:
     directory: Path | None
     wants_json: bool
 
+    @property
+    def http_socket(self) -> Path:
+        """The HTTP socket's path."""
+        from appliance_client.endpoints import http_socket
+
+        return self._socket("http.sock") or http_socket()
+
     def admin(self, timeout: float = ADMIN_TIMEOUT_S) -> "AdminClient":
         """A client of the HTTP socket."""
         from appliance_client import AdminClient

@@ -20,7 +20,7 @@ from fake_backend import MAGIC
 
 from appliance_client import ApplianceError, AsyncClient, Client, ConnectionLost, ShuttingDown
 from support.askers import GrpcInfer, HttpInfer
-from support.daemon import FAKE_BACKEND, is_alive, start_daemon, wait_until
+from support.daemon import FAKE_BACKEND, children, is_alive, start_daemon, wait_until
 from support.models import Gate, write_fake, write_identity
 
 #: Longer than any test waits: a daemon that ends within the test's patience did not wait for its grace.
@@ -372,6 +372,7 @@ def test_nothing_survives_a_daemon_that_is_killed(launch, tmp_path, occupied, ca
     running = launch()
     workers = running.workers()
     assert len(workers) == 2
+    workers = children(running.pid)  # whoever else is there shall go too
     if occupied == "loading":
         write_fake(tmp_path / "models" / "late", load_gate=str(load), load_log=str(log))
 

@@ -93,8 +93,8 @@ class RunningDaemon:
         return wait_until(lambda: (m := self.model(name))["state"] in states and m, f"{name} is {' or '.join(states)}")
 
     def workers(self) -> list[int]:
-        """Process ids of the daemon's children."""
-        return children(self.pid)
+        """Process ids of the daemon's workers, and of the children that probe backends."""
+        return [pid for pid in children(self.pid) if b"appliance.worker" in command_line(pid)]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End the daemon and return its exit code."""
@@ -125,6 +125,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def command_line(pid: int) -> bytes:
+    """The words of a process, separated by NUL; empty once it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def _toml(value) -> str:
     return json.dumps(value)  # strings, numbers, booleans and lists are written alike
 
@@ -138,7 +145,8 @@ def start_daemon(
     """
     socket_dir = directory / "s"
     merged = {"listen": {"grpc_tcp": "127.0.0.1:0", "http_tcp": "127.0.0.1:0", "directory": str(socket_dir)}}
-    merged["repository"] = {"path": str(models), "cache": str(directory / "cache")}
+    merged["repository"] = {"path": str(models), "cache": str(directory / "cache"), "state": str(directory / "state")}
+    merged["tuning"] = {"enabled": False}  # what a test measures it asks for
     for name, values in sections.items():
         merged[name] = {**merged.get(name, {}), **values}
     config = directory / "config.toml"

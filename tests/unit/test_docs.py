@@ -32,7 +32,7 @@ MANIFEST_SECTIONS = {
     "[[inputs]]": Manifest.model_fields["inputs"],
     **{
         f"[{name}]": Manifest.model_fields[name]
-        for name in ("text", "image", "classification", "batch", "placement", "samples")
+        for name in ("text", "image", "classification", "quality", "batch", "placement", "samples")
     },
 }
 

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from appliance.config import Config
 from appliance.engine import Engine
 from appliance.errors import BackendError, InvalidRequest, ModelNotFound, ModelNotReady, ShuttingDown
-from appliance.inventory import read_inventory
+from appliance.inventory.cpu import read_inventory
 from appliance.types import InferRequest, ModelState, Tensor
 from support.daemon import FAKE_BACKEND
 from support.models import Gate, write_fake
@@ -30,7 +30,11 @@ def run(tmp_path, scenario, **repository):
     """Run `scenario` with an engine on the repository ``models``, and stop it."""
 
     async def whole():
-        document = {"repository": {"path": str(tmp_path / "models"), **repository}}
+        places = {name: str(tmp_path / name) for name in ("cache", "state")}
+        document = {
+            "repository": {"path": str(tmp_path / "models"), **places, **repository},
+            "tuning": {"enabled": False},
+        }
         engine = Engine(Config.model_validate(document), read_inventory())
         try:
             await scenario(engine)

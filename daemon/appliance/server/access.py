@@ -27,7 +27,18 @@ METHOD_ROLE: Final[dict[str, Role]] = {
     "RepositoryModelUnload": Role.ADMIN,
     "Status": Role.INFER,
     "Hardware": Role.INFER,
+    "HardwareRefresh": Role.ADMIN,
+    "HardwareRecord": Role.ADMIN,
     "Backends": Role.INFER,
+    "Explain": Role.INFER,
+    "Jobs": Role.INFER,
+    "JobCancel": Role.ADMIN,
+    "Tune": Role.ADMIN,
+    "Quantize": Role.ADMIN,
+    "VariantRemove": Role.ADMIN,
+    "Pin": Role.ADMIN,
+    "Unpin": Role.ADMIN,
+    "Doctor": Role.ADMIN,
 }
 
 _UCRED: Final = struct.Struct("3i")

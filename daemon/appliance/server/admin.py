@@ -70,9 +70,9 @@ class AdminViews:
                 return asdict(status)
         raise ModelNotFound(f"cannot find model {name[:64]!r}: the repository has none of that name")
 
-    def hardware(self) -> dict[str, Any]:
-        """The machine as the daemon sees it."""
-        return asdict(self._engine.inventory)
+    async def hardware(self) -> dict[str, Any]:
+        """The machine as the daemon sees it, with what backends make of each device."""
+        return asdict(await self._engine.hardware.climbed())
 
     async def backends(self) -> list[dict[str, Any]]:
         """Every plugin found, usable or not."""

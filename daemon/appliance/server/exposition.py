@@ -41,16 +41,29 @@ def _batches(_: ModelStatus, statistics: ModelStatistics) -> Iterator[Sample]:
         yield {"rows": str(rows)}, statistics.batches[rows].compute_infer.count
 
 
+def _placement(status: ModelStatus, _: ModelStatistics) -> Iterator[Sample]:
+    if status.variant:
+        labels = ("variant", "chosen_by", "requested_device", "device", "provider", "precision", "runtime")
+        yield {label: getattr(status, label) for label in labels}, 1
+
+
 #: Every metric that carries the labels ``model`` and ``version``.
 MODEL_METRICS: Final = (
     ModelMetric(
         "model_ready", "gauge", "1 where the model answers requests", _one(lambda s, _: s.state is ModelState.READY)
     ),
+    ModelMetric("placement_info", "gauge", "What serves and where it really runs, in labels; always 1", _placement),
     ModelMetric("requests_queued", "gauge", "Requests waiting", _one(lambda s, _: s.queued)),
     ModelMetric("requests_running", "gauge", "Requests in a worker", _one(lambda s, _: s.running)),
     ModelMetric("worker_resident_bytes", "gauge", "Worker's memory after loading", _one(lambda s, _: s.resident_bytes)),
     ModelMetric(
         "worker_restarts_total", "counter", "Restarts of the worker after a crash", _one(lambda s, _: s.restarts)
+    ),
+    ModelMetric(
+        "fallbacks_total",
+        "counter",
+        "Loads that ended on another device than the first choice",
+        _one(lambda _, c: c.fallbacks),
     ),
     ModelMetric("requests_succeeded_total", "counter", "Requests answered", _one(lambda _, c: c.success.count)),
     ModelMetric("requests_failed_total", "counter", "Requests failed after admission", _one(lambda _, c: c.fail.count)),

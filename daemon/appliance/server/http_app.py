@@ -38,6 +38,7 @@ from appliance.server.http_message import (
     request_id,
 )
 from appliance.server.http_routes import Route, Routes
+from appliance.server.http_tuning import TuningRoutes
 from appliance.server.rest import RestInfer, decode_infer, encode_infer, parse_object, split_body
 from appliance.types import InferResult
 
@@ -126,6 +127,7 @@ class HttpApp:
             Route("GET", "/admin/models/{model}", "Status", self._admin_model),
             Route("GET", "/admin/hardware", "Hardware", self._admin_hardware),
             Route("GET", "/admin/backends", "Backends", self._admin_backends),
+            *TuningRoutes(self._engine).table(),
             Route("GET", "/metrics", "ModelStatistics", self._metrics),
         ]
 
@@ -284,7 +286,7 @@ class HttpApp:
         return json_response(self._admin.model(request.names["model"]))
 
     async def _admin_hardware(self, _: Request) -> Response:
-        return json_response(self._admin.hardware())
+        return json_response(await self._admin.hardware())
 
     async def _admin_backends(self, _: Request) -> Response:
         return json_response({"backends": await self._admin.backends()})

@@ -60,7 +60,13 @@ STATE_WORDS: Final[dict[ModelState, str]] = {
     ModelState.UNLOADING: "UNLOADING",
 }
 
-_KINDS: Final = {"cpu": pb.ModelInstanceGroup.KIND_CPU, "gpu": pb.ModelInstanceGroup.KIND_GPU}
+#: Triton's word for a device, by what its id begins with; it has none for NPUs.
+_KINDS: Final = {
+    "cpu": pb.ModelInstanceGroup.KIND_CPU,
+    "nvidia": pb.ModelInstanceGroup.KIND_GPU,
+    "intel-gpu": pb.ModelInstanceGroup.KIND_GPU,
+}
+_OTHER_KIND: Final = pb.ModelInstanceGroup.KIND_AUTO
 
 
 async def dispatch_unary(engine: "Engine", peer: Peer, method: str, body: bytes) -> bytes:
@@ -99,6 +105,14 @@ def metadata_message(description: ModelDescription) -> pb.ModelMetadataResponse:
     return message
 
 
+def placement_parameters(status: ModelStatus) -> dict[str, str]:
+    """What serves and where it really runs, as parameters of a model's metadata and configuration."""
+    names = (
+        "variant", "chosen_by", "requested_device", "device", "provider", "precision", "runtime", "fallback", "task",
+    )  # fmt: skip
+    return {name: value for name in names if (value := getattr(status, name))}
+
+
 def config_message(description: ModelDescription) -> pb.ModelConfig:
     """A model as Triton's configuration says it: dims without the batch dimension, placement as parameters."""
     status = description.status
@@ -112,15 +126,12 @@ def config_message(description: ModelDescription) -> pb.ModelConfig:
     for spec in description.outputs:
         message.output.add(name=spec.name, data_type=_config_datatype(spec), dims=_dims(spec, rows))
     if status.device:
-        device = status.device.partition(":")[0]
-        message.instance_group.add(
-            name=status.device, count=1, kind=_KINDS.get(device, pb.ModelInstanceGroup.KIND_AUTO)
-        )
+        kind = next((kind for start, kind in _KINDS.items() if status.device.startswith(start)), _OTHER_KIND)
+        message.instance_group.add(name=status.device, count=1, kind=kind)
     if rows:
         message.dynamic_batching.SetInParent()
-    for key in ("device", "precision", "provider", "runtime", "task"):
-        if value := getattr(status, key):
-            message.parameters[key].string_value = value
+    for key, value in placement_parameters(status).items():
+        message.parameters[key].string_value = value
     return message
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from appliance.metrics import BatchStatistics, Duration, ModelStatistics
-from appliance.server.oip import STATE_WORDS
+from appliance.server.oip import STATE_WORDS, placement_parameters
 from appliance.types import ModelDescription, ModelState, ModelStatus, TensorSpec
 
 
@@ -20,6 +20,7 @@ def metadata(description: ModelDescription) -> dict[str, Any]:
         "platform": description.platform,
         "inputs": [_metadata_tensor(spec) for spec in description.inputs],
         "outputs": [_metadata_tensor(spec) for spec in description.outputs],
+        "parameters": placement_parameters(description.status),
     }
 
 
@@ -39,6 +40,9 @@ def config(description: ModelDescription) -> dict[str, Any]:
         "max_batch_size": description.max_batch_size,
         "input": [_config_tensor(spec, is_batched) for spec in description.inputs],
         "output": [_config_tensor(spec, is_batched) for spec in description.outputs],
+        "parameters": {
+            name: {"string_value": value} for name, value in placement_parameters(description.status).items()
+        },
     }
 
 
@@ -69,6 +73,7 @@ def _model_statistics(status: ModelStatus, statistics: ModelStatistics) -> dict[
         "stage_stats": {
             stage: _duration(getattr(statistics, stage)) for stage in ("decode", "tokenise", "postprocess")
         },
+        "placement": placement_parameters(status) | {"fallbacks": statistics.fallbacks},
         "batch_stats": [_batch(rows, statistics.batches[rows]) for rows in sorted(statistics.batches)],
     }
 

@@ -22,12 +22,22 @@ from appliance.types import InferResult, ModelDescription, ModelState, ModelStat
 
 
 @dataclass
+class FakeHardware:
+    """A machine with a CPU."""
+
+    inventory: Inventory = field(default_factory=lambda: Inventory((Device("cpu", "cpu", "A CPU", 1024),), 2, 1024))
+
+    async def climbed(self):
+        return self.inventory
+
+
+@dataclass
 class FakeEngine:
     """Echoes inputs as outputs; `before_answer` may wait or raise instead."""
 
     accepting: bool = True
     ready: bool = True
-    inventory: Inventory = field(default_factory=lambda: Inventory((Device("cpu", "cpu", "A CPU", 1024),), 2, 1024))
+    hardware: FakeHardware = field(default_factory=FakeHardware)
     before_answer: Callable | None = None
     requests: list = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -142,6 +142,15 @@ def test_every_route_needs_a_method_of_the_access_table(server):
     assert {row.template for row in rows if METHOD_ROLE[row.access] is Role.ADMIN} == {
         "/v2/repository/models/{model}/load",
         "/v2/repository/models/{model}/unload",
+        "/admin/hardware/refresh",
+        "/admin/hardware/record",
+        "/admin/models/{model}/tune",
+        "/admin/models/{model}/quantize",
+        "/admin/models/{model}/variants/remove",
+        "/admin/models/{model}/pin",
+        "/admin/models/{model}/unpin",
+        "/admin/jobs/{job}/cancel",
+        "/admin/doctor",
     }
 
 

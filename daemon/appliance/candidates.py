@@ -1,0 +1,301 @@
+"""Every way to run a model on this machine, in the order of the written rule, and every way that is barred, with why.
+
+The rule gives a model its first placement, before anything is measured: full precision first; a discrete GPU, then the
+CPU, then an integrated GPU, then an NPU (either may well be slower than the CPU, so it must show by measurement that it
+is not); backends in the order of `PREFERENCE`; a backend's own order last. The manifest's
+``[placement]`` and ``[quality]`` narrow the choice.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from appliance.artifacts import fingerprint, resolve_inside
+from appliance.backend import Artifact, Variant
+from appliance.errors import NoPlacement
+from appliance.inventory import Device, Inventory
+from appliance.manifest import ArtifactEntry, Manifest
+from appliance.measurement import canonical_options
+from appliance.placement import ChosenBy, Placement
+from appliance.plugins import BackendRecord, PluginStatus
+from appliance.quality import WITHOUT_SAMPLE
+from appliance.wire import worker_pb2
+
+#: Order of backends for one artifact; any other backend comes after these.
+PREFERENCE: Final = ("onnxruntime", "openvino")
+
+#: Precisions that `manifest.QualitySection.lowest` lets in.
+_ALLOWED: Final = {
+    "FP32": frozenset({"FP32"}),
+    "BF16": frozenset({"FP32", "BF16", "FP16"}),
+    "INT8": frozenset({"FP32", "BF16", "FP16", "INT8", "INT8-WEIGHTS"}),
+    "INT4": frozenset({"FP32", "BF16", "FP16", "INT8", "INT8-WEIGHTS", "INT4-WEIGHTS"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An artifact that variants are made of.
+
+    Attributes:
+        artifact: The file.
+        name: What tells it from the model's other artifacts, for people; empty for the one in full precision.
+        version: The model version.
+    """
+
+    artifact: Artifact
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a model.
+
+    Attributes:
+        name: For people and for ``appliancectl pin``: ``"openvino/cpu/INT8/float=bf16"``.
+        source: The artifact.
+        variant: The way to run it.
+        runtime: The backend's runtime and version.
+        python: Interpreter of its workers.
+        device: Where it runs.
+    """
+
+    name: str
+    source: Source
+    variant: Variant
+    runtime: str
+    python: str
+    device: Device
+
+    @property
+    def is_exact(self) -> bool:
+        """True where nothing is lowered: it computes in FP32 what is stored in FP32."""
+        return self.variant.precision == "FP32" and self.source.artifact.precision == "FP32"
+
+
+@dataclass(frozen=True, slots=True)
+class Barred:
+    """A backend or device that yields no candidate, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a model version can be run as.
+
+    Attributes:
+        found: In the order of the rule.
+        barred: What is out of the question.
+    """
+
+    found: tuple[Candidate, ...]
+    barred: tuple[Barred, ...]
+
+    @property
+    def reference(self) -> Candidate | None:
+        """What the others' outputs are compared with: full precision on the CPU, by the preferred backend."""
+        exact = [one for one in self.found if one.is_exact]
+        return next((one for one in exact if one.device.kind == "cpu"), exact[0] if exact else None)
+
+    def named(self, name: str) -> Candidate | None:
+        """The candidate called `name`, or None."""
+        return next((one for one in self.found if one.name == name), None)
+
+    def first_tries(self) -> tuple[Candidate, ...]:
+        """What to load before anything is measured: of each artifact, backend and device the first in the order."""
+        tried: dict[tuple[Path, str, str], Candidate] = {}
+        for one in self.found:
+            tried.setdefault((one.source.artifact.path, one.variant.backend, one.device.id), one)
+        return tuple(tried.values())
+
+
+def list_candidates(
+    manifest: Manifest,
+    directory: Path,
+    version: str,
+    records: Mapping[str, BackendRecord],
+    inventory: Inventory,
+    derived: Sequence[Source] = (),
+) -> Candidates:
+    """Every way to run a model version.
+
+    Args:
+        manifest: The model's.
+        directory: The model's.
+        version: Which version.
+        records: Every backend by name.
+        inventory: The machine.
+        derived: Artifacts made from the version's own, by quantising.
+
+    Raises:
+        NoPlacement: There is no candidate; the message gives every backend with its reason.
+        InvalidManifest: An artifact is missing or leads outside the model's directory.
+    """
+    sources = _sources(manifest, directory, version)
+    found: list[tuple[tuple[bool, int, int, int], Candidate]] = []
+    barred: dict[str, str] = {}
+    for source in (*sources, *derived):
+        for name, record in sorted(records.items()):
+            reason = _unfit(manifest, source, record)
+            if reason:
+                barred[name] = reason
+                continue
+            offers = list(_offers(manifest, source, record, inventory, barred))
+            if not offers and source.artifact.precision == "FP32":
+                barred[name] = _nothing_offered(manifest)
+            rank = PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
+            for position, one in enumerate(offers):
+                found.append(((not one.is_exact, _device_rank(one.device), rank, position), one))
+    _bar_idle_devices(records, inventory, barred)
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in barred.items())
+        listed = reasons if records else "no backend is installed"
+        raise NoPlacement(f"cannot place model {manifest.name!r}: {listed}")
+    ordered = tuple(one for _, one in sorted(found, key=lambda pair: pair[0]))
+    offering = {one.variant.backend for one in ordered}
+    return Candidates(ordered, tuple(Barred(name, why) for name, why in barred.items() if name not in offering))
+
+
+def _sources(manifest: Manifest, directory: Path, version: str) -> list[Source]:
+    entries = manifest.artifacts_of(version)
+    plain = [entry for entry in entries if entry.precision == "FP32"]
+    sources = []
+    for entry in entries:
+        artifact = Artifact(resolve_inside(directory, entry.path), entry.format, entry.precision, entry.sha256 or "")
+        is_main = len(plain) == 1 and entry is plain[0]
+        sources.append(Source(artifact, "" if is_main or len(entries) == 1 else _short(entry)))
+    return sources
+
+
+def _short(entry: ArtifactEntry) -> str:
+    return Path(entry.path).name
+
+
+def _unfit(manifest: Manifest, source: Source, record: BackendRecord) -> str:
+    """Why a backend has nothing to do with an artifact; empty where it has."""
+    wish = manifest.placement
+    if wish.backend not in (None, record.name):
+        return f"the manifest asks for {wish.backend}"
+    if record.status is not PluginStatus.AVAILABLE:
+        return f"{record.status.value}, {record.reason}"
+    if source.artifact.format not in record.formats:
+        return f"does not read {source.artifact.format}"
+    return ""
+
+
+def _nothing_offered(manifest: Manifest) -> str:
+    wish = manifest.placement
+    where = f" on device {wish.device}" if wish.device else ""
+    how = f" with precision {wish.precision}" if wish.precision else ""
+    return f"offers no variant{where}{how}"
+
+
+def _offers(
+    manifest: Manifest, source: Source, record: BackendRecord, inventory: Inventory, barred: dict[str, str]
+) -> Iterator[Candidate]:
+    wish = manifest.placement
+    for device_id in record.devices:
+        device = inventory.device(device_id)
+        if device is None or wish.device not in (None, device_id):
+            continue
+        for variant in record.candidates(source.artifact.format, source.artifact.precision, device_id):
+            if wish.precision not in (None, variant.precision):
+                continue
+            full = replace(variant, options={**variant.options, **wish.options})
+            name = _name(full, source)
+            reason = _lowered_too_far(manifest, source, full)
+            if reason:
+                barred[name] = reason
+            else:
+                yield Candidate(name, source, full, record.runtime, record.python, device)
+
+
+def _lowered_too_far(manifest: Manifest, source: Source, variant: Variant) -> str:
+    """Why a variant's precision is out of the question; empty where it is not, or where the manifest asks for it."""
+    if manifest.placement.precision == variant.precision:
+        return ""
+    precisions = {source.artifact.precision, variant.precision}
+    if not precisions <= _ALLOWED[manifest.quality.lowest]:
+        return f"the manifest allows no precision below {manifest.quality.lowest} (quality.lowest)"
+    if not precisions <= WITHOUT_SAMPLE and not (manifest.samples and manifest.samples.evaluation):
+        return (
+            f"{variant.precision} needs an evaluation sample to prove its accuracy on, and the manifest names none "
+            "(samples.evaluation)"
+        )
+    return ""
+
+
+def _name(variant: Variant, source: Source) -> str:
+    options = json.loads(canonical_options(variant.options))
+    parts = [variant.backend, variant.device, variant.precision, *(f"{key}={options[key]}" for key in options)]
+    return "/".join(parts) + (f"@{source.name}" if source.name else "")
+
+
+def _device_rank(device: Device) -> int:
+    if device.kind == "cpu":
+        return 1
+    if device.kind == "gpu":
+        return 2 if device.is_integrated else 0
+    return 3
+
+
+def _bar_idle_devices(records: Mapping[str, BackendRecord], inventory: Inventory, barred: dict[str, str]) -> None:
+    """Say of every device that no backend uses why it stays idle."""
+    used = {device for record in records.values() for device in record.devices}
+    for device in inventory.devices:
+        rung = device.failed
+        if rung is not None:
+            barred[device.id] = f"{rung.step.value} failed: {rung.reason}{f'; {rung.fix}' if rung.fix else ''}"
+        elif device.id not in used:
+            reasons = [
+                f"{name}: {record.unlisted[device.id]}"
+                for name, record in records.items()
+                if device.id in record.unlisted
+            ]
+            barred[device.id] = "; ".join(reasons) or "no installed backend runs on it"
+
+
+def place(
+    candidate: Candidate,
+    manifest: Manifest,
+    directory: Path,
+    version: str,
+    inventory: Inventory,
+    cache: Path,
+    record_path: str = "",
+    chosen_by: ChosenBy = ChosenBy.RULE,
+) -> Placement:
+    """What a worker needs to load `candidate`.
+
+    A variant that lists the option ``cache_dir`` gets a directory below `cache` for what it compiles.
+    """
+    artifact, variant = candidate.source.artifact, candidate.variant
+    options = dict(variant.options)
+    if options.get("cache_dir") == "":
+        # OpenVINO tells files apart by size and second only, so what it compiles gets a place by a finer identity.
+        options["cache_dir"] = str(cache / variant.backend / fingerprint(artifact.path))
+    load = worker_pb2.Load(
+        backend=variant.backend,
+        model=manifest.name,
+        version=version,
+        directory=str(directory),
+        artifact_path=str(artifact.path),
+        artifact_format=artifact.format,
+        artifact_precision=artifact.precision,
+        artifact_sha256=artifact.sha256,
+        device=variant.device,
+        precision=variant.precision,
+        options=options,
+        manifest=manifest.model_dump_json(by_alias=True),
+        inventory=_inventory_json(inventory, (candidate.device,)),
+        record_path=record_path,
+    )
+    return Placement(variant.backend, candidate.python, load, candidate.name, chosen_by)
+
+
+def _inventory_json(inventory: Inventory, devices: Iterable[Device]) -> str:
+    return json.dumps(asdict(replace(inventory, devices=tuple(devices), disks=(), host={}, problems=())))

@@ -1,0 +1,374 @@
+"""Measures what a model can be run as, checks accuracy where it decides, and swaps in what is best.
+
+What is measured is kept point by point, so that a cancelled or interrupted tuning goes on where it stopped.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from appliance.candidates import Candidate
+from appliance.choice import Choice, Verdict
+from appliance.chooser import Chooser, Options
+from appliance.config import TuningSection
+from appliance.errands import Errands
+from appliance.errors import ApplianceError, BackendError, InvalidRequest, NoPlacement
+from appliance.jobs import Job, Jobs
+from appliance.manifest import read_manifest
+from appliance.measurement import Measurement, Point
+from appliance.models import Model
+from appliance.placement import ChosenBy
+from appliance.quality import Comparison, Evidence
+from appliance.registry import StoredPlacement, WantedJob
+
+_log = logging.getLogger("appliance.tuner")
+
+#: Batch sizes measured; a model's own bound cuts the list.
+ROWS: Final = (1, 2, 4, 8, 16, 32)
+#: A short budget shortens the time spent on one batch size down to this.
+_MIN_POINT_SECONDS: Final = 0.05
+#: A variant that takes longer than this to load, or to run through the sample, is out.
+_TASK_SECONDS: Final = 600.0
+#: A measurement that other programs disturbed is repeated this often before it is taken for what it is.
+_ROUNDS: Final = 2
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one tuning did.
+
+    Attributes:
+        measured: Names of candidates measured now.
+        reused: How many measurements were good already.
+        checked: Names of candidates whose accuracy was checked now.
+        is_complete: False where the budget ended it.
+        began: CLOCK_MONOTONIC seconds.
+    """
+
+    measured: list[str] = field(default_factory=list)
+    reused: int = 0
+    checked: list[str] = field(default_factory=list)
+    is_complete: bool = True
+    began: float = field(default_factory=time.monotonic)
+
+
+class Tuner:
+    """Tunes models, one at a time.
+
+    Args:
+        chooser: Knows the candidates and what is known of them.
+        jobs: Where tunings queue.
+        errands: Runs the measuring processes.
+        model: A model by name.
+        settings: Budgets.
+        cache: Directory for the reference's outputs.
+    """
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        jobs: Jobs,
+        errands: Errands,
+        model: Callable[[str], Model],
+        settings: TuningSection,
+        cache: Path,
+    ) -> None:
+        self._chooser = chooser
+        self._registry = chooser.registry
+        self._jobs = jobs
+        self._errands = errands
+        self._model = model
+        self._settings = settings
+        self._cache = cache
+
+    def tune(
+        self, name: str, budget_seconds: float | None = None, is_fresh: bool = False, by_itself: bool = False
+    ) -> Job:
+        """Queue a tuning, or join the one under way.
+
+        Args:
+            name: The model; it need not be loaded.
+            budget_seconds: Measuring time; the configuration's where None.
+            is_fresh: Measure again what is known.
+            by_itself: Idle time allows it, nobody asked.
+
+        Raises:
+            ModelNotFound, InvalidRequest: There is no such model.
+            Conflict: Too many jobs wait.
+        """
+        self._model(name)
+        running = self._jobs.of("tune", name)
+        if running is not None and (by_itself or not running.by_itself):
+            return running
+        budget = budget_seconds or self._settings.budget_seconds
+
+        async def work(job: Job) -> dict[str, Any]:
+            if not by_itself:  # asked for, so it is resumed after a restart
+                await self._registry.put_wanted(WantedJob(name, "tune", {"budget_seconds": budget}))
+            try:
+                return await self._tune(job, name, budget, is_fresh)
+            finally:
+                # A daemon that stops leaves it wanted; whoever cancels it or sees it fail does not.
+                if not by_itself and not self._jobs.is_closing:
+                    await asyncio.shield(self._registry.remove_wanted(name, "tune"))
+
+        return self._jobs.submit("tune", name, work, by_itself)
+
+    def resume_wanted(self) -> None:
+        """Queue again what somebody asked for before the daemon was stopped."""
+        for wanted in self._registry.wanted():
+            try:
+                self.tune(wanted.model, float(wanted.question.get("budget_seconds") or 0) or None)
+            except ApplianceError as error:
+                _log.info("not tuning %s any more: %s", wanted.model, error)
+
+    async def options(self, name: str) -> Options:
+        """What a model can be run as, loaded or not, with keys.
+
+        Raises:
+            ApplianceError: Its directory cannot be used, or nothing can run it.
+        """
+        model = self._model(name)
+        manifest = await asyncio.to_thread(read_manifest, model.directory)
+        version = model.version or manifest.versions[-1]
+        return await self._chooser.options(manifest, model.directory, version)
+
+    def missing(self, options: Options) -> list[Candidate]:
+        """Candidates without a measurement that can be relied on."""
+        return [
+            one
+            for one in options.candidates.found
+            if (found := self._chooser.measurement(options, one)) is None or found.is_disturbed
+        ]
+
+    def is_unsettled(self, options: Options) -> bool:
+        """True where measuring or checking would add to what is known."""
+        return bool(self.missing(options)) or self._chooser.decide(options).unchecked is not None
+
+    async def pin(self, name: str, variant: str) -> None:
+        """Have one candidate serve whatever the measurements say, until it is unpinned; swaps it in if loaded.
+
+        Raises:
+            InvalidRequest: The model has no candidate of that name.
+            ApplianceError: It cannot be loaded; nothing is pinned then.
+        """
+        options = await self.options(name)
+        chosen = options.candidates.named(variant)
+        if chosen is None:
+            names = ", ".join(one.name for one in options.candidates.found)
+            raise InvalidRequest(f"cannot pin {variant[:128]!r}: the candidates of model {name!r} are {names}")
+        await self._move(name, options, chosen, ChosenBy.PINNED)
+        key = options.keys[chosen.name].id
+        reason = "an administrator pinned it"
+        await self._registry.put_placement(
+            StoredPlacement(name, options.version, key, chosen.name, "pinned", reason, is_pinned=True)
+        )
+        await self._registry.add_event("pin", name, f"{chosen.name} was pinned")
+
+    async def unpin(self, name: str) -> None:
+        """Leave the choice to the measurements, or the rule, again; swaps in what they say."""
+        options = await self.options(name)
+        stored = self._registry.placement(name, options.version)
+        if stored is None or not stored.is_pinned:
+            return
+        await self._registry.remove_placement(name, options.version)
+        await self._registry.add_event("pin", name, f"{stored.variant} is not pinned any more")
+        choice = self._chooser.decide(options)
+        if choice.winner is not None:
+            await self._adopt(name, options, choice)
+        else:
+            await self._move(name, options, options.candidates.first_tries()[0], ChosenBy.RULE)
+
+    # ---------------------------------------------------------------- one tuning
+
+    async def _tune(self, job: Job, name: str, budget: float, is_fresh: bool) -> dict[str, Any]:
+        options = await self.options(name)
+        tally = Tally()
+        found = options.candidates.found
+        wanted = list(found) if is_fresh else self.missing(options)
+        tally.reused = len(found) - len(wanted)
+        share = max(0.8 * budget / max(len(wanted) * len(ROWS), 1), _MIN_POINT_SECONDS)
+        seconds = min(share, self._settings.point_seconds)
+        for attempt in range(_ROUNDS):
+            for number, one in enumerate(wanted):
+                if time.monotonic() - tally.began > budget:
+                    tally.is_complete = False
+                    break
+                job.progress(f"measuring {one.name}", number, len(wanted))
+                await self._measure(job, options, one, seconds, is_fresh or attempt > 0)
+                if one.name not in tally.measured:
+                    tally.measured.append(one.name)
+            measured = [self._chooser.measurement(options, one) for one in wanted]
+            wanted = [one for one, result in zip(wanted, measured, strict=True) if result and result.is_disturbed]
+            if not wanted or not tally.is_complete:
+                break
+        choice = await self._settle(job, options, tally)
+        swapped = await self._adopt(name, options, choice)
+        return {
+            "chosen": choice.winner.name if choice.winner else None,
+            "swapped": swapped,
+            "measured": tally.measured,
+            "reused": tally.reused,
+            "checked": tally.checked,
+            "complete": tally.is_complete,
+        }
+
+    async def _measure(self, job: Job, options: Options, one: Candidate, seconds: float, is_fresh: bool) -> None:
+        """Measure one candidate and keep every point."""
+        key = options.keys[one.name]
+        kept = None if is_fresh else self._registry.partial(key.id)
+        points = list(kept.points) if kept is not None else []
+        found = Measurement(key, tuple(points), measured_at=_now())
+        placement = await self._chooser.placement(options, one, ChosenBy.RULE)
+        placement.load.record_path = ""
+        path = options.sample_path
+        question = {
+            "task": "measure",
+            "rows": list(ROWS),
+            "done": [point.rows for point in points],
+            "seconds": seconds,
+            "sample": str(path) if path is not None else None,
+        }
+        step, number, total = job.step, job.done, job.total
+        try:
+            async with aclosing(self._errands.run(job, placement, question, _TASK_SECONDS)) as answers:
+                async for answer in answers:
+                    if progress := answer.get("progress"):
+                        at = f"{progress['done']} of {progress['total']}" if progress.get("total") else progress["step"]
+                        job.progress(f"{step} ({at})", number, total)
+                    elif loaded := answer.get("loaded"):
+                        found = replace(
+                            found,
+                            load_ms=float(loaded["load_ms"]),
+                            device=str(loaded["device"]),
+                            provider=str(loaded["provider"]),
+                            tokens=int(loaded["tokens"]),
+                        )
+                        if found.device != one.variant.device:
+                            raise NoPlacement(
+                                f"asked for {one.variant.device}, it ran on {found.device}: "
+                                f"{loaded.get('reason') or 'the runtime gives no reason'}"
+                            )
+                    elif point := answer.get("point"):
+                        points.append(Point(**point))
+                        found = replace(found, points=tuple(sorted(points, key=lambda each: each.rows)))
+                        await self._registry.put_measurement(options.manifest.name, options.version, found, False)
+                    elif result := answer.get("result"):
+                        found = replace(found, peak_bytes=int(result["peak_bytes"]))
+            if not found.points:
+                raise BackendError("it measured nothing")
+        except ApplianceError as error:
+            _log.info("%s as %s: %s", options.manifest.name, one.name, error)
+            found = Measurement(key, measured_at=_now(), problem=str(error))
+        await self._registry.put_measurement(options.manifest.name, options.version, found, True)
+
+    async def _settle(self, job: Job, options: Options, tally: Tally) -> Choice:
+        """Check the accuracy of one candidate after the other until the choice is settled."""
+        serving = self._model(options.manifest.name).variant
+        while True:
+            choice = self._chooser.decide(options, serving)
+            one = choice.unchecked
+            if one is None:
+                return choice
+            job.progress(f"checking the accuracy of {one.name}", len(tally.checked), 0)
+            await self._check(job, options, one)
+            tally.checked.append(one.name)
+
+    async def _check(self, job: Job, options: Options, one: Candidate) -> None:
+        reference = options.candidates.reference
+        if reference is None:
+            raise NoPlacement(
+                f"cannot tune model {options.manifest.name!r}: no backend runs it in FP32 to compare with"
+            )
+        comparison, problem = None, ""
+        try:
+            outputs = await self._reference(job, options, reference)
+            comparison = await self._compare(job, options, one, outputs, None)
+        except ApplianceError as error:
+            _log.info("%s as %s: %s", options.manifest.name, one.name, error)
+            problem = str(error)
+        evidence = Evidence(
+            key=options.keys[one.name],
+            reference=options.keys[reference.name].id,
+            sample=options.sample,
+            bound=options.manifest.quality.bound,
+            comparison=comparison,
+            problem=problem,
+            judged_at=_now(),
+        )
+        await self._registry.put_evidence(options.manifest.name, options.version, options.metric, evidence)
+
+    async def _reference(self, job: Job, options: Options, reference: Candidate) -> Path:
+        """The reference's outputs, from the last time or made now."""
+        limit = options.manifest.quality.limit
+        key = options.keys[reference.name].id
+        path = self._cache / "references" / f"{key}-{options.sample[:16]}-{options.metric}-{limit}.npz"
+        if not path.is_file():
+            await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+            await self._compare(job, options, reference, None, path)
+        return path
+
+    async def _compare(
+        self, job: Job, options: Options, one: Candidate, reference: Path | None, save: Path | None
+    ) -> Comparison:
+        placement = await self._chooser.placement(options, one, ChosenBy.RULE)
+        placement.load.record_path = ""
+        path = options.sample_path
+        question = {
+            "task": "evaluate",
+            "sample": str(path) if path is not None else None,
+            "limit": options.manifest.quality.limit,
+            "metric": options.metric,
+            "reference": str(reference) if reference is not None else None,
+            "save": str(save) if save is not None else None,
+        }
+        comparison = None
+        step = job.step
+        async with aclosing(self._errands.run(job, placement, question, _TASK_SECONDS)) as answers:
+            async for answer in answers:
+                if progress := answer.get("progress"):
+                    job.progress(step, int(progress.get("done", 0)), int(progress.get("total", 0)))
+                elif result := answer.get("result"):
+                    comparison = Comparison(**result["comparison"])
+        if comparison is None:
+            raise BackendError(f"cannot compare {one.name}: it gave no answer")
+        return comparison
+
+    async def _adopt(self, name: str, options: Options, choice: Choice) -> bool:
+        """Keep the choice, and swap it in where the model is loaded and nobody pinned another."""
+        winner = choice.winner
+        if winner is None:
+            return False
+        stored = self._registry.placement(name, options.version)
+        if stored is not None and stored.is_pinned:
+            return False
+        before = self._model(name).variant
+        swapped = await self._move(name, options, winner, ChosenBy.MEASURED)
+        reason = next(one.reason for one in choice.considered if one.verdict is Verdict.CHOSEN)
+        kept = StoredPlacement(name, options.version, options.keys[winner.name].id, winner.name, "measured", reason)
+        if stored is None or (stored.key, stored.reason) != (kept.key, kept.reason):
+            await self._registry.put_placement(kept)
+        if swapped:
+            _log.info("%s: %s takes over from %s: %s", name, winner.name, before, reason)
+            await self._registry.add_event("swap", name, f"{winner.name} took over from {before}: {reason}")
+        return swapped
+
+    async def _move(self, name: str, options: Options, to: Candidate, by: ChosenBy) -> bool:
+        """Swap `to` in where the version is loaded and something else, or somebody else's choice, serves."""
+        model = self._model(name)
+        if not model.variant or model.version != options.version:
+            return False
+        if model.variant == to.name and model.chosen_by == by:
+            return False
+        await model.move(await self._chooser.placement(options, to, by))
+        return True
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
