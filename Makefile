@@ -6,7 +6,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test serve bench lint format lock proto clean
+.PHONY: help venv demo test serve bench minilm lint format lock proto clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ serve: venv ## run the daemon here with the sample models; Ctrl-C ends it
 
 bench: venv ## measure the daemon; ARGS=--json for JSON
 	@$(PY) -m benchmarks $(ARGS)
+
+minilm: ## export the sentence encoder for budget 9 (an environment with PyTorch in build/)
+	@bash tools/minilm.sh
 
 lint: venv ## ruff (check and format) and mypy
 	@$(PY) -m ruff check --quiet .

@@ -12,14 +12,14 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from rich.console import Console  # noqa: E402 - the tests' support package is found through the line above
 
-from benchmarks import grpc_rate, latency, resources  # noqa: E402
+from benchmarks import embedding, grpc_rate, latency, resources  # noqa: E402
 from benchmarks.load import build_native_load, write_frames  # noqa: E402
 from benchmarks.models import write_large, write_picture  # noqa: E402
 from benchmarks.report import Line, machine, show  # noqa: E402
 from support.daemon import start_daemon  # noqa: E402
 from support.models import write_identity  # noqa: E402
 
-BUDGETS = ("1", "2", "3", "4", "6", "10", "11")
+BUDGETS = ("1", "2", "3", "4", "6", "9", "10", "11")
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,11 +73,26 @@ def _measure(only: list[str], scratch: Path, say: Console) -> list[Line]:
             say.print("idling with a tokenizer ...")
             daemon.http("POST", "/v2/repository/models/language-id/load")
             lines += resources.idle(daemon, "and a text model's tokenizer")
+    if "9" in only and embedding.SOURCE.is_dir():
+        say.print("a sentence encoder: quantising, measuring, choosing (minutes) ...")
+        lines += _choice(scratch)
+    if "9" in only and not embedding.SOURCE.is_dir():
+        say.print("left out: 9, the sentence encoder is missing: make minilm")
     if program is None:
         say.print("left out: 2 and the C client, there is no C compiler")
     if "4" in only and not shutil.which("h2load"):
         say.print("left out: 4, h2load is missing (Debian: nghttp2-client)")
     return lines
+
+
+def _choice(scratch: Path) -> list[Line]:
+    models = scratch / "encoders"
+    embedding.write_models(models)
+    run = scratch / "choice"
+    run.mkdir()
+    with start_daemon(run, models, repository={"load": []}) as daemon:
+        served, lines = embedding.choose(daemon)
+        return lines + embedding.throughput(daemon, served) + embedding.bare()
 
 
 def main() -> int:

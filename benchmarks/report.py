@@ -11,7 +11,7 @@ from importlib import metadata
 from rich.console import Console
 from rich.table import Table
 
-from appliance.inventory import read_inventory
+from appliance.inventory.cpu import read_inventory
 
 
 @dataclass(frozen=True)
