@@ -92,7 +92,7 @@ def _choice(scratch: Path) -> list[Line]:
     run.mkdir()
     with start_daemon(run, models, repository={"load": []}) as daemon:
         served, lines = embedding.choose(daemon)
-        return lines + embedding.throughput(daemon, served) + embedding.bare()
+        return lines + embedding.throughput(daemon, served)
 
 
 def main() -> int:

@@ -67,7 +67,13 @@ def show(lines: Sequence[Line], facts: dict[str, object], as_json: bool) -> None
         mark = "" if line.is_met is None else "[green]met" if line.is_met else "[red]missed"
         ratio = "" if line.ratio is None else f"{line.ratio:.2f}"
         table.add_row(
-            line.budget, line.what, f"{line.value:,.1f} {line.unit}", line.budgeted, mark, ratio, line.against
+            line.budget,
+            line.what,
+            f"{line.value:,.{1 if line.unit else 4}f} {line.unit}".strip(),
+            line.budgeted,
+            mark,
+            ratio,
+            line.against,
         )
     console.print(table)
 
