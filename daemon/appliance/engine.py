@@ -83,7 +83,7 @@ class Engine:
         self.tuner = Tuner(self.chooser, self.jobs, errands, self.model, config.tuning, config.cache_directory())
         self.quantizer = Quantizer(self.chooser, self.jobs, errands, self.model, self.tuner)
         self._idler = Idler(self.tuner, self.jobs, self._activity, self._is_busy, self._ready_models, config.tuning)
-        self.hardware.on_change = self._idler.look_again
+        self.hardware.on_change = self._hardware_changed
         self._threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
         self._listeners: list[Listener] = []
         self._told: dict[str, bool] = {}
@@ -199,6 +199,27 @@ class Engine:
             "healthy": is_healthy(findings),
             "checks": list(CHECKS),
         }
+
+    def _hardware_changed(self) -> None:
+        """Models leave devices that are gone, and come back to those that are there again."""
+        self._idler.look_again()
+        for model in self._models.values():
+            if model.variant:
+                task = self._loop.create_task(self._follow_hardware(model))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _follow_hardware(self, model: Model) -> None:
+        device = self.hardware.inventory.device(model.requested_device)
+        try:
+            if device is None:
+                await model.displace("it is not there any more")
+            elif device.failed is not None:
+                await model.displace(device.failed.reason)
+            elif model.is_displaced:
+                await self.tuner.restore(model.name)
+        except ApplianceError as error:
+            _log.error("%s: %s", model.name, error)
 
     def _is_busy(self) -> bool:
         return any(model.is_busy for model in self._models.values())
@@ -316,6 +337,9 @@ class Engine:
 
     def _model_changed(self, name: str) -> None:
         self._tell(name)
+        model = self._models.get(name)
+        if model is not None and model.state is ModelState.RESTARTING and model.requested_device != "cpu":
+            self.hardware.doubt()  # its worker may have died of the device
 
     def _tell(self, *names: str) -> None:
         for name in names or tuple(self._models):

@@ -57,7 +57,7 @@ class Hardware:
         """Refresh whenever a device comes or goes, from now on; at once where the first survey ran out of time."""
         self._hotplug.start()
         if self.inventory.problems:
-            self._start_refresh()
+            self.doubt()
 
     async def stop(self) -> None:
         """End what is under way."""
@@ -70,6 +70,10 @@ class Hardware:
 
     def _changed(self) -> None:
         _log.info("a device came or went: looking at the hardware again")
+        self.doubt()
+
+    def doubt(self) -> None:
+        """A device may be gone: look, unless somebody looks already."""
         self._start_refresh()
 
     async def backends(self) -> Mapping[str, BackendRecord]:

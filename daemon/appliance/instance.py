@@ -197,7 +197,7 @@ class Instance:
         self.loaded = loaded
         self._gatherer = Gatherer(bool(loaded.max_batch_size))
         self._scatterer = Scatterer(signature.output_names, bool(loaded.max_batch_size))
-        self._rows = max(loaded.max_batch_size, 1)
+        self._rows = self._batch_rows = max(loaded.max_batch_size, 1)
         self._padding = ALIGNMENT * len(signature.inputs)
         worker_inputs = tuple(spec for index, spec in signature.inputs.values() if index >= 0)
         sizes = slab_bytes(worker_inputs, self._rows), slab_bytes(signature.public_outputs(), self._rows)
@@ -342,7 +342,7 @@ class Instance:
             if self._suspects and self._must_wait():
                 break
             slot = self._free[-1]
-            calls = self._batcher.collect(self._rows, slot.input.size - self._padding, _SLOTS - len(self._free))
+            calls = self._batcher.collect(self._batch_rows, slot.input.size - self._padding, _SLOTS - len(self._free))
             if not calls:
                 break
             self._free.pop()
@@ -469,8 +469,12 @@ class Instance:
             sink.flush()
         return rows
 
-    def on_fault(self, slot_number: int, batch: int, message: str) -> None:
-        """A batch failed as a whole: its calls run once more, each alone, so that a bad one fails by itself."""
+    def on_fault(self, slot_number: int, batch: int, message: str, is_out_of_memory: bool = False) -> None:
+        """A batch failed as a whole: its calls run once more, each alone, so that a bad one fails by itself.
+
+        Where memory ran out they run in halves, and later batches are no larger; a call that is too large by itself
+        says nothing about batches, so the bound is lifted again.
+        """
         slot = self._slots[slot_number] if slot_number < len(self._slots) else None
         if slot is None or slot.batch != batch or not slot.calls:
             self._break_contract("failed a batch it was not given")
@@ -478,15 +482,25 @@ class Instance:
         calls = slot.calls
         waiting = [call for call in calls if call.state is RUNNING]
         if len(calls) > 1:
-            for call in waiting:
-                call.is_alone = True
+            if is_out_of_memory:
+                self._bound_rows(sum(call.plan.rows for call in calls) // 2)
+            else:
+                for call in waiting:
+                    call.is_alone = True
             self._batcher.readmit(waiting)
         else:
+            if is_out_of_memory:
+                self._batch_rows = self._rows
             self._fail(waiting, BackendError(f"cannot run the request: {message}"))
         for call in calls:
             if call.state is FINISHED:
                 call.let_go()
         self._release(slot)
+
+    def _bound_rows(self, rows: int) -> None:
+        if rows < self._batch_rows:
+            self._batch_rows = max(rows, 1)
+            _log.warning("%s: memory ran out; batches have %d rows at most now", self._manifest.name, self._batch_rows)
 
     def _release(self, slot: Slot) -> None:
         slot.calls = []

@@ -23,6 +23,7 @@ from appliance.errors import (
     ApplianceError,
     ArtifactCorrupt,
     BackendError,
+    DeviceLost,
     ModelNotFound,
     ModelNotReady,
     NoPlacement,
@@ -155,6 +156,16 @@ class Model:
     def chosen_by(self) -> str:
         """What the choice of `variant` rests on; empty while nothing serves."""
         return self._instance.placement.chosen_by if self._instance is not None else ""
+
+    @property
+    def requested_device(self) -> str:
+        """The device that `variant` is placed on; empty while nothing serves."""
+        return self._instance.placement.load.device if self._instance is not None else ""
+
+    @property
+    def is_displaced(self) -> bool:
+        """True where it runs elsewhere than it should."""
+        return self._instance is not None and bool(self._instance.placement.fallback)
 
     @property
     def is_busy(self) -> bool:
@@ -305,7 +316,7 @@ class Model:
             if is_same and serving is not None and serving.state is ModelState.READY:
                 self._failure = None
                 return
-            instance = await self._first_that_loads(prepared)
+            instance = await self._first_that_loads(prepared.manifest, prepared.placements)
         except ApplianceError as error:
             self._failure = error
             raise
@@ -322,19 +333,19 @@ class Model:
             self._retire(replaced)
         heap.trim()  # reading a tokenizer frees megabytes
 
-    async def _first_that_loads(self, prepared: _Prepared) -> Instance:
+    async def _first_that_loads(self, manifest: Manifest, placements: Sequence[Placement]) -> Instance:
         failures: list[tuple[Placement, ApplianceError]] = []
-        first = prepared.placements[0]
-        for each in prepared.placements:
+        first = placements[0]
+        for each in placements:
             placement = each
             if failures:
                 if each.load.device != first.load.device:
-                    if prepared.manifest.fallback == "forbid":
+                    if manifest.fallback == "forbid":
                         continue
                     placement = replace(each, fallback=_fallback_reason(failures))
                 elif first.chosen_by is ChosenBy.PINNED:
                     placement = replace(each, fallback=_fallback_reason(failures))
-            instance = self._new_instance(prepared.manifest, placement)
+            instance = self._new_instance(manifest, placement)
             try:
                 await instance.start()
             except ApplianceError as error:
@@ -344,12 +355,12 @@ class Model:
                 await instance.close()
                 raise
             else:
-                self._note_fallback(prepared.manifest, instance)
+                self._note_fallback(manifest, instance)
                 return instance
         if len({type(error) for _, error in failures}) == 1 and not isinstance(failures[0][1], NoPlacement):
             raise failures[0][1]
         listed = "; ".join(f"{placement.variant}: {error}" for placement, error in failures)
-        if len(failures) < len(prepared.placements):
+        if len(failures) < len(placements):
             listed += "; fallback is 'forbid', so no other device is tried"
         raise NoPlacement(f"cannot place model {self.name!r}: {listed}")
 
@@ -395,6 +406,41 @@ class Model:
         replaced, self._instance = self._instance, instance
         if replaced is not None:
             self._retire(replaced)
+
+    async def displace(self, reason: str) -> None:
+        """Leave a device that is gone: run elsewhere as far as the manifest's fallback allows, else fail.
+
+        Args:
+            reason: What is the matter with the device.
+
+        Raises:
+            ApplianceError: The model runs nowhere now.
+        """
+        while self._change is not None:
+            await asyncio.wait({self._change})
+        self._start_change(self._displace(reason), is_loading=True)
+        await self._join()
+
+    async def _displace(self, reason: str) -> None:
+        instance, prepared = self._instance, self._prepared
+        if instance is None or prepared is None:
+            return
+        lost = instance.placement.load.device
+        error = DeviceLost(f"cannot run model {self.name!r} on {lost!r}: {reason}")
+        try:
+            if prepared.manifest.fallback == "forbid":
+                raise error
+            found = await self._chooser.placements(prepared.manifest, self.directory, prepared.version)
+            others = [replace(each, fallback=f"{lost}: {reason}") for each in found if each.load.device != lost]
+            if not others:
+                raise error
+            self._instance = await self._first_that_loads(prepared.manifest, others)
+        except ApplianceError as failure:
+            self._failure, self._instance = failure, None
+            raise
+        finally:
+            if self._instance is not instance:
+                await _end(instance, 0, error)
 
     async def _unload(self) -> None:
         instance, self._instance = self._instance, None

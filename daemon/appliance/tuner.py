@@ -185,6 +185,21 @@ class Tuner:
         else:
             await self._move(name, options, options.candidates.first_tries()[0], ChosenBy.RULE)
 
+    async def restore(self, name: str) -> None:
+        """Have a model run as it should again, after it had to run elsewhere.
+
+        Raises:
+            ApplianceError: That cannot be loaded; what served before still serves.
+        """
+        model = self._model(name)
+        manifest = model.manifest
+        if manifest is None:
+            return
+        first, *_ = await self._chooser.placements(manifest, model.directory, model.version)
+        if first.variant != model.variant:
+            await model.move(first)
+            await self._registry.add_event("swap", name, f"{first.variant} serves again")
+
     # ---------------------------------------------------------------- one tuning
 
     async def _tune(self, job: Job, name: str, budget: float, is_fresh: bool) -> dict[str, Any]:

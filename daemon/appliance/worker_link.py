@@ -84,7 +84,7 @@ class LinkListener(Protocol):
         """A batch was answered. `packet` is valid during the call; `attached` is the listener's to close."""
         ...
 
-    def on_fault(self, slot: int, batch: int, message: str) -> None:
+    def on_fault(self, slot: int, batch: int, message: str, is_out_of_memory: bool) -> None:
         """A batch failed as a whole and the worker lives."""
         ...
 
@@ -259,9 +259,9 @@ class WorkerLink:
             attached = self._adopt(ancillary) if ancillary else None
             self._listener.on_done(packet, attached)
         elif kind == _FAULT and self._is_open:
-            _, slot, _, _, batch = frames.FAULT_HEADER.unpack_from(packet)
+            _, slot, cause, _, batch = frames.FAULT_HEADER.unpack_from(packet)
             message = bytes(packet[frames.FAULT_HEADER.size :]).decode("utf-8", "replace")
-            self._listener.on_fault(slot, batch, message)
+            self._listener.on_fault(slot, batch, message, cause == frames.OUT_OF_MEMORY)
         elif kind != _PONG:
             self._on_greeting(kind, bytes(packet[1:]))
 

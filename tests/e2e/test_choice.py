@@ -185,7 +185,11 @@ def test_calibration_that_cannot_be_used_is_refused(own_daemon, tmp_path, argume
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "8"),
+        ("", "it has no rows"),
+        (
+            '{"inputs": {"pixels": [[[0,0,0,0,0,0,0,0]]]}}\n'.replace("[[[0,0,0,0,0,0,0,0]]]", str([[[0.5] * 8] * 8])),
+            "8",
+        ),
         ('{"inputs": {"image": {"base64": "AAAA"}}}\n' * 10, "picture|image"),
         ('{"inputs": {"pixels": [1.0, 2.0]}}\n' * 10, "shape|values|pixels"),
     ],

@@ -98,11 +98,11 @@ class ScriptedWorker:
         self.last_heard_ns = time.monotonic_ns()
         self._listener.on_done(memoryview(header + layout + errors), None)
 
-    def fault(self, message: str = "it went wrong") -> None:
+    def fault(self, message: str = "it went wrong", is_out_of_memory: bool = False) -> None:
         """Fail the oldest batch as a whole."""
         run = self.runs.pop(0)
         self.last_heard_ns = time.monotonic_ns()
-        self._listener.on_fault(run.slot, run.batch, message)
+        self._listener.on_fault(run.slot, run.batch, message, is_out_of_memory)
 
     def die(self, reason: str = "was ended by SIGKILL") -> None:
         """Be gone."""

@@ -133,6 +133,40 @@ def test_a_failed_batch_runs_again_call_by_call():
     run(scenario)
 
 
+def test_a_batch_that_memory_did_not_suffice_for_runs_in_halves_and_later_ones_are_no_larger():
+    async def scenario():
+        instance, crew = await started(Crew(echo_model(rows=8)))
+        ledger = Ledger()
+
+        async def send(*numbers):
+            for number in numbers:
+                instance.submit(make_call(instance, ledger, number))
+            await turns()
+
+        await send(*range(8))
+        assert [run.rows for run in crew.worker.runs] == [8]
+        crew.worker.fault("CUDA out of memory", is_out_of_memory=True)
+        await turns()
+        assert [run.rows for run in crew.worker.runs] == [4, 4]
+        crew.worker.answer()
+        crew.worker.answer()
+        await send(*range(10, 18))
+        assert [run.rows for run in crew.worker.runs] == [4, 4], "it has learned"
+        crew.worker.answer()
+        crew.worker.answer()
+        assert set(ledger.answers) == {*range(8), *range(10, 18)}
+        assert not ledger.errors
+        await send(20)
+        crew.worker.fault("CUDA out of memory", is_out_of_memory=True)
+        assert isinstance(ledger.errors[20], BackendError), "a call too large by itself fails"
+        await send(*range(30, 38))
+        assert [run.rows for run in crew.worker.runs] == [8], "and says nothing about batches"
+        crew.worker.answer()
+        await instance.close()
+
+    run(scenario)
+
+
 async def drained(instance) -> bool:
     """True where draining ends by itself."""
     async with asyncio.timeout(30):
@@ -859,7 +893,7 @@ class Witness:
     def on_done(self, packet, attached):
         pass
 
-    def on_fault(self, slot, batch, message):
+    def on_fault(self, slot, batch, message, is_out_of_memory):
         pass
 
     def on_lost(self, reason):

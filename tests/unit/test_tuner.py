@@ -14,7 +14,7 @@ from appliance.config import Config
 from appliance.engine import Engine
 from appliance.errors import InvalidRequest, NoPlacement
 from appliance.explanation import explain
-from appliance.inventory import Device, Inventory
+from appliance.inventory import Device, Inventory, Rung, Step
 from appliance.jobs import JobState
 from appliance.types import InferRequest, ModelState, Tensor
 from support.workers import until
@@ -385,6 +385,42 @@ def test_a_variant_that_lands_elsewhere_never_wins_by_measurement(tmp_path):
         assert "ran on cpu: libscripted.so.9" in failed["reason"]
 
     run(tmp_path, scenario, devices=(CPU, GPU))
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [(CPU,), (CPU, replace(GPU, ladder=(Rung(Step.DRIVER, False, "GPU is lost (Xid 79)", "reboot"),)))],
+    ids=["gone", "unhealthy"],
+)
+def test_a_model_leaves_a_device_that_is_lost_and_comes_back_to_it(tmp_path, lost):
+    write(tmp_path / "models" / "model")
+
+    async def scenario(engine):
+        model = engine.model("model")
+        assert model.status().device == "nvidia0"
+        await engine.hardware.refresh()
+        await until(lambda: model.status().device == "cpu")
+        status = model.status()
+        assert (status.state, model.statistics.fallbacks) == (ModelState.READY, 1)
+        assert status.fallback.startswith("nvidia0: ")
+        await engine.infer(request())
+        engine.hardware._survey = lambda *_: asyncio.sleep(0, Inventory((CPU, GPU), 2, 1 << 34))
+        await engine.hardware.refresh()
+        await until(lambda: model.status().device == "nvidia0")
+        assert model.status().fallback == ""
+
+    run(tmp_path, scenario, devices=(CPU, GPU), later=lost)
+
+
+def test_a_model_that_may_not_fall_back_fails_with_its_device(tmp_path):
+    write(tmp_path / "models" / "model", 'fallback = "forbid"')
+
+    async def scenario(engine):
+        await engine.hardware.refresh()
+        await until(lambda: engine.model("model").state is ModelState.FAILED)
+        assert "it is not there any more" in engine.model("model").status().reason
+
+    run(tmp_path, scenario, devices=(CPU, GPU), later=(CPU,))
 
 
 # ---------------------------------------------------------------- by itself

@@ -17,7 +17,8 @@ DONE (worker to front-end)::
     TENSOR       x tensors, each followed by ndim x i64 dimensions
     ROW_ERROR    x row_errors: row u32, length u32, then that many bytes of UTF-8
 
-FAULT (worker to front-end): FAULT_HEADER, then UTF-8 text; the whole batch failed, the worker lives.
+FAULT (worker to front-end): FAULT_HEADER, then UTF-8 text; the whole batch failed, the worker lives. The header's third
+field is `OUT_OF_MEMORY` where the device or the host had not enough memory for a batch of that size, else 0.
 
 TENSOR: index u16, datatype u8, ndim u8, region u32, offset u64, byte length u64. ``region`` 0 is the slot's own slab
 (the input slab in RUN, the output slab in DONE); any other number is a region named by an earlier MAP, or in DONE
@@ -40,6 +41,8 @@ ATTACHED: Final = 0xFFFFFFFF
 RUN_HEADER: Final = struct.Struct("<BBHIQQ")
 DONE_HEADER: Final = struct.Struct("<BBHIQQQQQQ")
 FAULT_HEADER: Final = struct.Struct("<BBHIQ")
+#: See FAULT.
+OUT_OF_MEMORY: Final = 1
 TENSOR: Final = struct.Struct("<HBBIQQ")
 ROW_ERROR: Final = struct.Struct("<II")
 SLAB: Final = struct.Struct("<BBHIQQ")

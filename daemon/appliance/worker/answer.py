@@ -12,6 +12,7 @@ from appliance.wire.worker import (
     DONE_HEADER,
     FAULT_HEADER,
     MAX_PACKET_BYTES,
+    OUT_OF_MEMORY,
     ROW_ERROR,
     Kind,
     TensorLayout,
@@ -143,6 +144,7 @@ def with_row_errors(written: Written, row_errors: Mapping[int, str]) -> bytearra
     return packet
 
 
-def fault(slot: int, batch: int, text: str) -> bytes:
+def fault(slot: int, batch: int, text: str, is_out_of_memory: bool = False) -> bytes:
     """A FAULT packet."""
-    return FAULT_HEADER.pack(Kind.FAULT, slot, 0, 0, batch) + text.encode("utf-8", "replace")[:_MAX_FAULT_BYTES]
+    cause = OUT_OF_MEMORY if is_out_of_memory else 0
+    return FAULT_HEADER.pack(Kind.FAULT, slot, cause, 0, batch) + text.encode("utf-8", "replace")[:_MAX_FAULT_BYTES]

@@ -1,6 +1,7 @@
 """Runs one batch and answers it."""
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _DONE: Final = int(Kind.DONE)
+
+#: ONNX Runtime ("Failed to allocate memory for requested buffer"), CUDA (CUDA_ERROR_OUT_OF_MEMORY), C++
+#: (std::bad_alloc), OpenCL and Level Zero (CL_OUT_OF_RESOURCES, ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY).
+_NO_MEMORY: Final = re.compile(
+    r"out[ _]of[ _](?:device[ _]|host[ _])?(?:memory|resources)|failed to allocate|bad_alloc", re.IGNORECASE
+)
 
 
 @dataclass(slots=True)
@@ -70,7 +77,7 @@ def run(model: ServedModel, link: Link, batch: Batch, recorder: Recorder | None 
     except Exception as error:  # whatever the runtime raises fails this batch and no other
         if written is not None and written.fd >= 0:
             os.close(written.fd)
-        link.send(fault(plan.slot, batch.number, _reason(error)))
+        link.send(fault(plan.slot, batch.number, _reason(error), is_out_of_memory(error)))
         return
     copied = time.monotonic_ns()
     DONE_HEADER.pack_into(
@@ -103,6 +110,11 @@ def _classified(model: ServedModel, plan: Plan, results: "Mapping[str, NDArray[A
     logits = next(spec for spec in model.outputs if spec.name == classifier.logits)
     checked = model.check_output(logits, results.get(logits.name), plan.rows)
     return {**results, **classifier.classify(checked)}
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True where a runtime says that memory ran out; each has its own words for it and raises what it likes."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def _reason(error: Exception) -> str:
