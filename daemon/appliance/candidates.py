@@ -9,7 +9,7 @@ is not); backends in the order of `PREFERENCE`; a backend's own order last. The 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from appliance.artifacts import fingerprint, resolve_inside
@@ -25,6 +25,10 @@ from appliance.wire import worker_pb2
 
 #: Order of backends for one artifact; any other backend comes after these.
 PREFERENCE: Final = ("onnxruntime", "openvino")
+
+#: Full precision, and what counts as it.
+_AS_FULL: Final = {"FP64": "FP32"}
+_FULL: Final = frozenset({"FP32", "FP64"})
 
 #: Precisions that `manifest.QualitySection.lowest` lets in.
 _ALLOWED: Final = {
@@ -72,7 +76,7 @@ class Candidate:
     @property
     def is_exact(self) -> bool:
         """True where nothing is lowered: it computes in FP32 what is stored in FP32."""
-        return self.variant.precision == "FP32" and self.source.artifact.precision == "FP32"
+        return {self.variant.precision, self.source.artifact.precision} <= _FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +94,25 @@ class Candidates:
     Attributes:
         found: In the order of the rule.
         barred: What is out of the question.
+        reference: What the others' outputs are compared with: full precision on the CPU by the preferred backend, even
+            where the manifest's ``[placement]`` leaves it out; of a model without an FP32 artifact the first in order.
     """
 
     found: tuple[Candidate, ...]
     barred: tuple[Barred, ...]
-
-    @property
-    def reference(self) -> Candidate | None:
-        """What the others' outputs are compared with: full precision on the CPU, by the preferred backend."""
-        exact = [one for one in self.found if one.is_exact]
-        return next((one for one in exact if one.device.kind == "cpu"), exact[0] if exact else None)
+    reference: Candidate
 
     def named(self, name: str) -> Candidate | None:
         """The candidate called `name`, or None."""
         return next((one for one in self.found if one.name == name), None)
 
     def first_tries(self) -> tuple[Candidate, ...]:
-        """What to load before anything is measured: of each artifact, backend and device the first in the order."""
+        """What to load before anything is measured: of each artifact, backend and device the first in the order.
+
+        Nothing lowered is tried unproved, unless there is nothing else.
+        """
         tried: dict[tuple[Path, str, str], Candidate] = {}
-        for one in self.found:
+        for one in [one for one in self.found if one.is_exact] or self.found:
             tried.setdefault((one.source.artifact.path, one.variant.backend, one.device.id), one)
         return tuple(tried.values())
 
@@ -136,50 +140,63 @@ def list_candidates(
         InvalidManifest: An artifact is missing or leads outside the model's directory.
     """
     sources = _sources(manifest, directory, version)
-    found: list[tuple[tuple[bool, int, int, int], Candidate]] = []
+    is_full = any(source.artifact.precision in _FULL for source in sources)
+    ranked: list[tuple[tuple[bool, int, int, int], Candidate]] = []
+    found: dict[str, Candidate] = {}
     barred: dict[str, str] = {}
     for source in (*sources, *derived):
         for name, record in sorted(records.items()):
-            reason = _unfit(manifest, source, record)
+            reason = _unfit(source, record)
             if reason:
                 barred[name] = reason
                 continue
-            offers = list(_offers(manifest, source, record, inventory, barred))
-            if not offers and source.artifact.precision == "FP32":
-                barred[name] = _nothing_offered(manifest)
             rank = PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE)
-            for position, one in enumerate(offers):
-                found.append(((not one.is_exact, _device_rank(one.device), rank, position), one))
+            for position, one in enumerate(_offers(source, record, inventory)):
+                ranked.append(((not one.is_exact, _device_rank(one.device), rank, position), one))
+    ranked.sort(key=lambda pair: pair[0])
+    for _, one in ranked:
+        narrowed = _narrowed(one, manifest)
+        if isinstance(narrowed, str):
+            barred.setdefault(one.variant.backend, narrowed)
+        elif reason := _lowered_too_far(manifest, narrowed, is_full=is_full):
+            barred[narrowed.name] = reason
+        else:
+            found.setdefault(narrowed.name, narrowed)
     _bar_idle_devices(records, inventory, barred)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in barred.items())
         listed = reasons if records else "no backend is installed"
         raise NoPlacement(f"cannot place model {manifest.name!r}: {listed}")
-    ordered = tuple(one for _, one in sorted(found, key=lambda pair: pair[0]))
-    offering = {one.variant.backend for one in ordered}
-    return Candidates(ordered, tuple(Barred(name, why) for name, why in barred.items() if name not in offering))
+    offering = {one.variant.backend for one in found.values()}
+    told = tuple(Barred(name, why) for name, why in barred.items() if name not in offering)
+    return Candidates(tuple(found.values()), told, _reference([one for _, one in ranked]))
+
+
+def _reference(ranked: Sequence[Candidate]) -> Candidate:
+    exact = [one for one in ranked if one.is_exact] or ranked
+    return next((one for one in exact if one.device.kind == "cpu"), exact[0])
 
 
 def _sources(manifest: Manifest, directory: Path, version: str) -> list[Source]:
     entries = manifest.artifacts_of(version)
-    plain = [entry for entry in entries if entry.precision == "FP32"]
+    plain = [entry for entry in entries if entry.precision in _FULL]
     sources = []
     for entry in entries:
         artifact = Artifact(resolve_inside(directory, entry.path), entry.format, entry.precision, entry.sha256 or "")
         is_main = len(plain) == 1 and entry is plain[0]
-        sources.append(Source(artifact, "" if is_main or len(entries) == 1 else _short(entry)))
+        sources.append(Source(artifact, "" if is_main or len(entries) == 1 else _short(entry, entries)))
     return sources
 
 
-def _short(entry: ArtifactEntry) -> str:
-    return Path(entry.path).name
+def _short(entry: ArtifactEntry, entries: Sequence[ArtifactEntry]) -> str:
+    """The artifact's file name, or its path below the version where another has the same."""
+    path = PurePosixPath(entry.path)
+    is_unique = sum(PurePosixPath(each.path).name == path.name for each in entries) == 1
+    return path.name if is_unique else str(path.relative_to(entry.version))
 
 
-def _unfit(manifest: Manifest, source: Source, record: BackendRecord) -> str:
+def _unfit(source: Source, record: BackendRecord) -> str:
     """Why a backend has nothing to do with an artifact; empty where it has."""
-    wish = manifest.placement
-    if wish.backend not in (None, record.name):
-        return f"the manifest asks for {wish.backend}"
     if record.status is not PluginStatus.AVAILABLE:
         return f"{record.status.value}, {record.reason}"
     if source.artifact.format not in record.formats:
@@ -187,43 +204,42 @@ def _unfit(manifest: Manifest, source: Source, record: BackendRecord) -> str:
     return ""
 
 
-def _nothing_offered(manifest: Manifest) -> str:
-    wish = manifest.placement
-    where = f" on device {wish.device}" if wish.device else ""
-    how = f" with precision {wish.precision}" if wish.precision else ""
-    return f"offers no variant{where}{how}"
-
-
-def _offers(
-    manifest: Manifest, source: Source, record: BackendRecord, inventory: Inventory, barred: dict[str, str]
-) -> Iterator[Candidate]:
-    wish = manifest.placement
+def _offers(source: Source, record: BackendRecord, inventory: Inventory) -> Iterator[Candidate]:
     for device_id in record.devices:
         device = inventory.device(device_id)
-        if device is None or wish.device not in (None, device_id):
+        if device is None:
             continue
         for variant in record.candidates(source.artifact.format, source.artifact.precision, device_id):
-            if wish.precision not in (None, variant.precision):
-                continue
-            full = replace(variant, options={**variant.options, **wish.options})
-            name = _name(full, source)
-            reason = _lowered_too_far(manifest, source, full)
-            if reason:
-                barred[name] = reason
-            else:
-                yield Candidate(name, source, full, record.runtime, record.python, device)
+            yield Candidate(_name(variant, source), source, variant, record.runtime, record.python, device)
 
 
-def _lowered_too_far(manifest: Manifest, source: Source, variant: Variant) -> str:
-    """Why a variant's precision is out of the question; empty where it is not, or where the manifest asks for it."""
-    if manifest.placement.precision == variant.precision:
+def _narrowed(one: Candidate, manifest: Manifest) -> Candidate | str:
+    """A candidate as the manifest's ``[placement]`` wants it, or why it does not want it."""
+    wish, variant = manifest.placement, one.variant
+    if wish.backend not in (None, variant.backend):
+        return f"the manifest asks for {wish.backend}"
+    if wish.device not in (None, variant.device) or wish.precision not in (None, variant.precision):
+        where = f" on device {wish.device}" if wish.device else ""
+        how = f" with precision {wish.precision}" if wish.precision else ""
+        return f"offers no variant{where}{how}"
+    full = replace(variant, options={**variant.options, **wish.options})
+    return replace(one, name=_name(full, one.source), variant=full)
+
+
+def _lowered_too_far(manifest: Manifest, one: Candidate, *, is_full: bool) -> str:
+    """Why a candidate's precision is out of the question; empty where it is not, or where the manifest asks for it.
+
+    Where a version has no FP32 artifact (`is_full` is False) computing what is stored lowers nothing.
+    """
+    stored, computed = (_AS_FULL.get(each, each) for each in (one.source.artifact.precision, one.variant.precision))
+    if manifest.placement.precision == computed or (not is_full and stored == computed):
         return ""
-    precisions = {source.artifact.precision, variant.precision}
+    precisions = {stored, computed}
     if not precisions <= _ALLOWED[manifest.quality.lowest]:
         return f"the manifest allows no precision below {manifest.quality.lowest} (quality.lowest)"
     if not precisions <= WITHOUT_SAMPLE and not (manifest.samples and manifest.samples.evaluation):
         return (
-            f"{variant.precision} needs an evaluation sample to prove its accuracy on, and the manifest names none "
+            f"{computed} needs an evaluation sample to prove its accuracy on, and the manifest names none "
             "(samples.evaluation)"
         )
     return ""

@@ -6,22 +6,59 @@ time limit, so that it cannot hang or crash the daemon.
 
 import asyncio
 import json
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+_log = logging.getLogger("appliance.child")
+
 #: More than this in one line of an answer, or in all of it, is no answer.
 MAX_LINE_BYTES: Final = 1 << 20
 MAX_ANSWER_BYTES: Final = 1 << 24
+
+#: A killed process that the kernel does not let go of is waited for no longer.
+_END_SECONDS: Final = 5.0
 
 #: The end of what a child wrote to its standard error, kept for the message where it died.
 _KEPT_STDERR_BYTES: Final = 2000
 
 
 class ChildFailed(Exception):
-    """A child gave no usable answer: it hung, crashed, answered too much or something else than JSON."""
+    """A child gave no usable answer: it hung, crashed, answered too much or something else than JSON.
+
+    Attributes:
+        was_ended: Somebody else ended it, such as the system for want of memory: it may do better another time.
+    """
+
+    def __init__(self, message: str, *, was_ended: bool = False) -> None:
+        super().__init__(message)
+        self.was_ended = was_ended
+
+
+async def spawn(command: Sequence[str], stderr: int | None = None) -> asyncio.subprocess.Process:
+    """Start `command` in a session and process group of its own, with pipes to its standard input and output.
+
+    Args:
+        command: The program and its arguments.
+        stderr: `asyncio.subprocess.PIPE`, or None to let what it prints join the daemon's.
+
+    Raises:
+        ChildFailed: It cannot be started.
+    """
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=stderr,
+            limit=MAX_LINE_BYTES,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ChildFailed(error.strerror or "it cannot be started") from error
 
 
 class Child:
@@ -45,17 +82,7 @@ class Child:
         Raises:
             ChildFailed: It cannot be started.
         """
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=MAX_LINE_BYTES,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ChildFailed(error.strerror or "it cannot be started") from error
+        process = await spawn(command, stderr=asyncio.subprocess.PIPE)
         child = cls(process)
         if process.stdin is not None:
             with suppress(BrokenPipeError, ConnectionResetError):
@@ -114,9 +141,12 @@ class Child:
             raise ChildFailed("it closed its answer and did not end") from None
         await asyncio.wait({self._reader}, timeout=1.0)
         if status < 0:
-            raise ChildFailed(f"its process was killed by {signal.Signals(-status).name}{self._last_words()}")
-        if status != 0 and not said_anything:
-            raise ChildFailed(f"its process ended with status {status} and no answer{self._last_words()}")
+            name = signal.Signals(-status).name
+            was_ended = -status in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+            raise ChildFailed(f"its process was killed by {name}{self._last_words()}", was_ended=was_ended)
+        if status != 0:
+            how = "before it was done" if said_anything else "and no answer"
+            raise ChildFailed(f"its process ended with status {status} {how}{self._last_words()}")
 
     def _last_words(self) -> str:
         lines = self._stderr.decode("utf-8", "replace").strip().splitlines()
@@ -137,7 +167,11 @@ class Child:
     async def end(self) -> None:
         """Kill the child and all it started; does no harm to one that has ended."""
         self._signal(signal.SIGKILL)
-        await self._process.wait()
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await self._process.wait()
+        except TimeoutError:  # stuck in a driver, where no signal reaches it
+            _log.warning("process %d does not end although it was killed", self.pid)
         self._reader.cancel()
         await asyncio.wait({self._reader})
 

@@ -74,7 +74,7 @@ def choose(
     candidates: Sequence[Candidate],
     measurement: Callable[[Candidate], Measurement | None],
     evidence: Callable[[Candidate], Evidence | None],
-    reference: Candidate | None,
+    reference: Candidate,
     incumbent: Candidate | None = None,
 ) -> Choice:
     """Choose among `candidates`.
@@ -106,7 +106,7 @@ def choose(
                 considered.append(Considered(one, found, proof, value, Verdict.REFUSED, proof.refusal))
             else:
                 considered.append(Considered(one, found, proof, value, Verdict.SLOWER, reason))
-        elif one is reference or one.name == (reference.name if reference else ""):
+        elif one.name == reference.name:
             winner = one
             considered.append(Considered(one, found, None, value, Verdict.CHOSEN, f"best by {words}; the reference"))
         elif proof is None:
@@ -162,7 +162,7 @@ def _scoring(objective: str, measured: Sequence[Measurement]) -> tuple[Callable[
     if objective == "throughput":
         return (lambda found: 1e6 / found.rows_per_second), "throughput at the best batch size"
     if objective == "memory":
-        return (lambda found: float(found.peak_bytes)), "peak memory"
+        return (lambda found: float(max(found.peak_bytes, 1))), "peak memory of the process"
     if objective == "energy" and measured and all(found.energy_mj for found in measured):
         return (lambda found: found.energy_mj or math.inf), "energy of a row"
     words = "latency and throughput alike"

@@ -4,6 +4,7 @@ Brings together what others own: the backends' offers, the inventory, the regist
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from appliance.artifacts import companions, contents_digest, fingerprint, resolv
 from appliance.backend import Artifact
 from appliance.candidates import Candidate, Candidates, Source, list_candidates, place
 from appliance.choice import Choice, choose
-from appliance.errors import ArtifactCorrupt
+from appliance.errors import ArtifactCorrupt, InvalidManifest, NoPlacement
 from appliance.inventory import Inventory
 from appliance.manifest import Manifest
 from appliance.measurement import Measurement, VariantKey, key_of
@@ -26,9 +27,6 @@ _log = logging.getLogger("appliance.chooser")
 
 Records = Callable[[], Awaitable[Mapping[str, BackendRecord]]]
 
-#: In place of a sample's digest where the inputs are made up.
-SYNTHETIC = "synthetic"
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -39,8 +37,9 @@ class Options:
         directory: The model's.
         version: Which version.
         candidates: Every way.
-        keys: By candidate name; empty where nobody needed them (see `Chooser.options`).
-        sample: Hex sha256 of the evaluation sample, or ``"synthetic"``; empty where `keys` is.
+        keys: By candidate name, the reference's too; empty where nobody needed them (see `Chooser.options`).
+        trial: Names what accuracy is judged on: the sample or made-up inputs, how many rows, and all that turns them
+            into the session's inputs and labels; empty where `keys` is.
     """
 
     manifest: Manifest
@@ -48,7 +47,7 @@ class Options:
     version: str
     candidates: Candidates
     keys: Mapping[str, VariantKey]
-    sample: str
+    trial: str
 
     @property
     def sample_path(self) -> Path | None:
@@ -112,10 +111,11 @@ class Chooser:
         options = Options(manifest, directory, version, found, {}, "")
         if not with_keys:
             return options
-        artifacts = {one.source.artifact.path: one.source.artifact for one in found.found}
+        considered = (*found.found, found.reference)
+        artifacts = {one.source.artifact.path: one.source.artifact for one in considered}
         digests = {path: await self._digest(path, artifact.sha256) for path, artifact in artifacts.items()}
-        path = options.sample_path
-        sample = SYNTHETIC if path is None else await self._digest(path)
+        trial = await self._trial(options)
+        workload = trial[:8] if manifest.text is not None else ""  # lengths come from the sample
         keys = {
             one.name: key_of(
                 digests[one.source.artifact.path],
@@ -123,10 +123,24 @@ class Chooser:
                 one.runtime,
                 one.device.identity,
                 one.device.driver_key,
+                workload,
             )
-            for one in found.found
+            for one in considered
         }
-        return replace(options, keys=keys, sample=sample)
+        return replace(options, keys=keys, trial=trial)
+
+    async def _trial(self, options: Options) -> str:
+        manifest = options.manifest
+        parts = [str(manifest.quality.limit)]
+        for section in (manifest.text, manifest.image, manifest.classification):
+            parts.append(section.model_dump_json() if section is not None else "")
+        parts += [entry.model_dump_json() for entry in (*manifest.inputs, *manifest.outputs)]
+        files = [manifest.samples.evaluation] if manifest.samples else []
+        files += [manifest.text.tokenizer] if manifest.text else []
+        files += [manifest.classification.labels] if manifest.classification else []
+        for name in files:
+            parts.append(await self._digest(resolve_inside(options.directory, name)) if name else "")
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     async def _derived(self, manifest: Manifest, directory: Path, version: str) -> list[Source]:
         """Variants made of an artifact that the version still has."""
@@ -167,29 +181,63 @@ class Chooser:
         """
         await self._records()  # before them the registry may not have been read
         stored = self.registry.placement(manifest.name, version)
-        options = await self.options(manifest, directory, version, with_keys=stored is not None)
+        options, stored = await self._options_to_load(manifest, directory, version, stored)
         tries = [(one, ChosenBy.RULE) for one in options.candidates.first_tries()]
+        missing = ""
         if stored is not None:
-            first = self._pinned(options, stored) if stored.is_pinned else self._measured(options, stored)
+            is_there = options.candidates.named(stored.variant)
+            first = is_there if stored.is_pinned else self._measured(options, stored)
             if first is not None:
                 by = ChosenBy.PINNED if stored.is_pinned else ChosenBy.MEASURED
                 tries = [(first, by), *((one, how) for one, how in tries if one is not first)]
-        return await asyncio.to_thread(lambda: [self._place(options, one, by) for one, by in tries])
+            if is_there is None:
+                missing = self._missing(manifest, stored, tries[0][0])
+        placements = await asyncio.to_thread(lambda: [self._place(options, one, by) for one, by in tries])
+        return [replace(each, fallback=missing) for each in placements] if missing else placements
 
-    def _pinned(self, options: Options, stored: StoredPlacement) -> Candidate | None:
-        known = options.candidates.named(stored.variant)
-        if known is None:
-            _log.warning("%s: the pinned variant %s is not to be had", stored.model, stored.variant)
-        return known
+    async def _options_to_load(
+        self, manifest: Manifest, directory: Path, version: str, stored: StoredPlacement | None
+    ) -> tuple[Options, StoredPlacement | None]:
+        """Keys are needed only where something is known; what cannot be read of the sample must not stop a load."""
+        if stored is not None:
+            try:
+                return await self.options(manifest, directory, version), stored
+            except (InvalidManifest, ArtifactCorrupt) as error:
+                _log.warning("%s: what was measured is not used: %s", manifest.name, error)
+        return await self.options(manifest, directory, version, with_keys=False), None
+
+    def _missing(self, manifest: Manifest, stored: StoredPlacement, instead: Candidate) -> str:
+        """Why what was chosen is not served, where that means another device; empty where it does not.
+
+        Raises:
+            NoPlacement: The manifest forbids it.
+        """
+        lost = stored.variant.split("/")[1] if stored.variant.count("/") > 1 else ""
+        if lost == instead.device.id:
+            _log.warning("%s: %s, which was chosen, is not to be had", stored.model, stored.variant)
+            return ""
+        device = self._inventory().device(lost)
+        rung = device.failed if device is not None else None
+        why = "it is not there" if device is None else rung.reason if rung is not None else "no backend offers it"
+        if manifest.fallback == "forbid":
+            raise NoPlacement(
+                f"cannot place model {stored.model!r}: {stored.variant} was chosen, fallback is 'forbid', {lost}: {why}"
+            )
+        return f"{lost}: {why}"
 
     def _measured(self, options: Options, stored: StoredPlacement) -> Candidate | None:
         """What the measurements say by the objective and bound the manifest has now, else what was chosen last."""
+        last = options.candidates.named(stored.variant)
+        if last is not None and self.measurement(options, last) is None:
+            # Its driver or runtime is another than when it was measured. Where it ran it may run again, in full
+            # precision: its accuracy is not proved for the new one.
+            on_device = [one for one in options.candidates.first_tries() if one.device.id == last.device.id]
+            return last if last.is_exact else next((one for one in on_device if one.is_exact), None)
         choice = self.decide(options, stored.variant)
         if choice.winner is not None:
             return choice.winner
-        last = next((one for one in options.candidates.found if options.keys[one.name].id == stored.key), None)
         proof = None if last is None else self.evidence(options, last)
-        return None if proof is not None and proof.refusal else last
+        return last if proof is not None and not proof.refusal else None
 
     def _place(self, options: Options, candidate: Candidate, by: ChosenBy) -> Placement:
         samples = options.manifest.samples
@@ -222,10 +270,8 @@ class Chooser:
     def evidence(self, options: Options, candidate: Candidate) -> Evidence | None:
         """How a candidate compares with the reference, judged by the bound the manifest has now."""
         reference = options.candidates.reference
-        if reference is None:
-            return None
         found = self.registry.evidence(
-            options.keys[candidate.name].id, options.keys[reference.name].id, options.sample, options.metric
+            options.keys[candidate.name].id, options.keys[reference.name].id, options.trial, options.metric
         )
         return None if found is None else replace(found, bound=options.manifest.quality.bound)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from appliance.child import MAX_LINE_BYTES, ChildFailed
+from appliance.child import MAX_LINE_BYTES, ChildFailed, spawn
 
 #: What one question may take as JSON; the other side refuses a longer line than this and a margin for its id.
 MAX_QUESTION_BYTES: Final = MAX_LINE_BYTES - 64
@@ -47,17 +47,7 @@ class Conversation:
         Raises:
             ChildFailed: It cannot be started.
         """
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=MAX_LINE_BYTES,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ChildFailed(error.strerror or "it cannot be started") from error
-        return cls(process)
+        return cls(await spawn(command))
 
     async def ask(self, question: Mapping[str, Any], seconds: float, take_part: _Part | None = None) -> dict[str, Any]:
         """The answer to `question`, which needs no id.

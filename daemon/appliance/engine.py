@@ -112,8 +112,21 @@ class Engine:
         """What can wait until the startup models serve."""
         await self._open_registry()
         self.hardware.watch()
-        self.tuner.resume_wanted()
+        await self._resume_wanted()
         self._idler.start()
+
+    async def _resume_wanted(self) -> None:
+        """Queue again what somebody asked for before the daemon was stopped."""
+        for wanted in self.registry.wanted():
+            question = wanted.question
+            try:
+                if wanted.kind == "tune":
+                    await self.tuner.tune(wanted.model, question.get("budget_seconds"), bool(question.get("fresh")))
+                else:
+                    await self.quantizer.quantize(wanted.model, **question)
+            except (ApplianceError, TypeError) as error:
+                _log.warning("%s %s is not taken up again: %s", wanted.kind, wanted.model, error)
+                await self.registry.remove_wanted(wanted.model, wanted.kind)
 
     def begin_drain(self) -> None:
         """Refuse what is new and say so to everybody who watches."""
@@ -185,7 +198,7 @@ class Engine:
         self.scan()
         models = [model for _, model in sorted(self._models.items())]
         facts = await gather_facts(
-            await self.hardware.climbed(),
+            await self.hardware.refresh(),
             await self.backends(),
             models,
             self.tuner,
@@ -204,18 +217,21 @@ class Engine:
         """Models leave devices that are gone, and come back to those that are there again."""
         self._idler.look_again()
         for model in self._models.values():
-            if model.variant:
+            if model.variant or model.has_lost_its_device:
                 task = self._loop.create_task(self._follow_hardware(model))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
     async def _follow_hardware(self, model: Model) -> None:
-        device = self.hardware.inventory.device(model.requested_device)
+        placed = model.requested_device
+        device = self.hardware.inventory.device(placed)
         try:
-            if device is None:
-                await model.displace("it is not there any more")
+            if model.has_lost_its_device:
+                await model.load()
+            elif device is None:
+                await model.displace(placed, "it is not there any more")
             elif device.failed is not None:
-                await model.displace(device.failed.reason)
+                await model.displace(placed, device.failed.reason)
             elif model.is_displaced:
                 await self.tuner.restore(model.name)
         except ApplianceError as error:

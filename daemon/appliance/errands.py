@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from appliance.activity import Activity
 from appliance.child import Child, ChildFailed
-from appliance.errors import KINDS, BackendError
+from appliance.errors import KINDS, ApplianceError, BackendError, WorkerLost
 from appliance.jobs import Job, JobState
 from appliance.placement import Placement
 
@@ -47,6 +47,7 @@ class Errands:
             seconds: It may take as long, suspensions not counted.
 
         Raises:
+            WorkerLost: Somebody ended it.
             ApplianceError: The task failed; of the kind it said, or `BackendError` where it hung or crashed.
         """
         load = base64.b64encode(placement.load.SerializeToString()).decode("ascii")
@@ -57,16 +58,22 @@ class Errands:
         except ChildFailed as error:
             raise _failed(question, error) from error
 
+        has_begun = False
+
         def give_way() -> None:
-            child.suspend()
-            job.state = JobState.PAUSED
+            # Not before its first word: only then does it die with the daemon, even while it is suspended.
+            if has_begun and job.state is not JobState.PAUSED:
+                child.suspend()
+                job.yield_now()
 
         self._activity.listener = give_way
-        if self._is_busy():
-            give_way()
         watch = asyncio.ensure_future(self._look_after(child, job))
         try:
             async for answer in child.answers(seconds):
+                if not has_begun:
+                    has_begun = True
+                    if self._is_busy():
+                        give_way()
                 if failed := answer.get("failed"):
                     raise KINDS.get(str(failed.get("kind")), BackendError)(str(failed.get("message")))
                 yield answer
@@ -76,8 +83,7 @@ class Errands:
             self._activity.listener = None
             watch.cancel()
             await child.end()
-            if job.state is JobState.PAUSED:
-                job.state = JobState.RUNNING
+            job.go_on()
 
     async def _look_after(self, child: Child, job: Job) -> None:
         """Let the child go on once requests have stayed away."""
@@ -86,8 +92,9 @@ class Errands:
             quiet_ns = time.monotonic_ns() - self._activity.last_ns
             if job.state is JobState.PAUSED and not self._is_busy() and quiet_ns > self._resume_seconds * 1e9:
                 child.resume()
-                job.state = JobState.RUNNING
+                job.go_on()
 
 
-def _failed(question: Mapping[str, Any], error: ChildFailed) -> BackendError:
-    return BackendError(f"cannot {question['task']}: {error}")
+def _failed(question: Mapping[str, Any], error: ChildFailed) -> ApplianceError:
+    kind = WorkerLost if error.was_ended else BackendError
+    return kind(f"cannot {question['task']}: {error}")

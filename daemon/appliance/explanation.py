@@ -3,7 +3,7 @@
 from typing import Any
 
 from appliance.choice import Choice, Considered
-from appliance.chooser import SYNTHETIC, Options
+from appliance.chooser import Options
 from appliance.measurement import Measurement
 from appliance.quality import Evidence
 from appliance.types import ModelStatus
@@ -27,8 +27,8 @@ def explain(options: Options, choice: Choice, status: ModelStatus) -> dict[str, 
         "fallback_policy": options.manifest.fallback,
         "metric": options.metric,
         "bound": quality.bound,
-        "has_sample": options.sample != SYNTHETIC,
-        "reference": reference.name if reference is not None else None,
+        "has_sample": options.sample_path is not None,
+        "reference": reference.name,
         "serving": {
             "state": status.state,
             "variant": status.variant,
@@ -86,6 +86,8 @@ def _measurement(found: Measurement) -> dict[str, Any]:
                 "median_us": round(p.median_us, 1),
                 "spread_us": round(p.spread_us, 1),
                 "samples": p.samples,
+                "disturbed": p.is_disturbed,
+                "energy_mj": p.energy_mj,
             }
             for p in found.points
         ],

@@ -9,9 +9,9 @@ from appliance.child import ChildFailed
 from appliance.errors import BackendError
 from appliance.hotplug import Hotplug
 from appliance.inventory import Inventory, Step
-from appliance.inventory.asking import REFRESH_SECONDS, take_inventory, take_recording
+from appliance.inventory.asking import REFRESH_SECONDS, is_makeshift, take_inventory, take_recording
 from appliance.inventory.ladder import failed, passed, with_rung
-from appliance.plugins import BackendRecord, PluginStatus, discover, smoke
+from appliance.plugins import BackendRecord, PluginStatus, discover, reasons_unlisted, smoke
 
 _log = logging.getLogger("appliance.hardware")
 
@@ -94,9 +94,11 @@ class Hardware:
 
     async def _look_again(self) -> None:
         inventory = await self._survey(self._directories, REFRESH_SECONDS)
+        if is_makeshift(inventory) and not is_makeshift(self.inventory):
+            # A survey that failed says nothing about the devices it did not get to see.
+            _log.warning("%s", inventory.problems[0])
+            return
         records = await discover(inventory, self._disabled, self._pythons)
-        if self._climb is not None:
-            self._climb.cancel()
         self.inventory, self._climb = inventory, None
         if self._discovery is not None:
             await asyncio.wait({self._discovery})
@@ -114,16 +116,16 @@ class Hardware:
         return self.inventory
 
     async def _climb_all(self) -> None:
+        base = inventory = self.inventory
         records = [each for each in (await self.backends()).values() if each.status is PluginStatus.AVAILABLE]
-        results = await asyncio.gather(*(smoke(record, self.inventory) for record in records))
-        inventory = self.inventory
+        results = await asyncio.gather(*(smoke(record, base) for record in records))
         for device in inventory.devices:
             if not device.is_usable:
                 continue
             listing = [record for record in records if device.id in record.devices]
             if not listing:
-                reasons = [f"{each.name}: {each.unlisted[device.id]}" for each in records if device.id in each.unlisted]
-                reason = "; ".join(reasons) or "no installed backend serves devices of its kind"
+                reasons = reasons_unlisted(records, device.id)
+                reason = reasons or "no installed backend serves devices of its kind"
                 rung = failed(Step.LISTED, reason, "" if reasons else "install a backend for it")
                 inventory = with_rung(inventory, device.id, rung)
                 continue
@@ -141,7 +143,8 @@ class Hardware:
             elif wrong:
                 fix = "see the driver's log; `appliancectl backends` shows the runtimes"
                 inventory = with_rung(inventory, device.id, failed(Step.SMOKE, "; ".join(wrong), fix))
-        self.inventory = inventory
+        if self.inventory is base:  # else a refresh came between
+            self.inventory = inventory
 
     async def record(self) -> dict[str, Any]:
         """Everything that a survey of the machine reads, for a bug report.

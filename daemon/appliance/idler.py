@@ -48,6 +48,7 @@ class Idler:
         self._ready = ready
         self._settings = settings
         self._settled: set[str] = set()
+        self._generation = self._begun_in = 0
         self._job: Job | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -65,6 +66,7 @@ class Idler:
     def look_again(self) -> None:
         """Models, backends or the hardware changed: what was settled may not be any more."""
         self._settled.clear()
+        self._generation += 1
 
     async def _watch(self) -> None:
         since = time.monotonic_ns()
@@ -74,12 +76,16 @@ class Idler:
             if self._jobs.is_idle and quiet_ns >= self._settings.idle_seconds * 1e9 and not self._is_busy():
                 self._note_end()
                 if os.getloadavg()[0] <= self._settings.max_load * (os.cpu_count() or 1):
-                    await self._begin()
+                    try:
+                        await self._begin()
+                    except Exception:
+                        _log.exception("idle time could not be used")
 
     def _note_end(self) -> None:
-        """A job that ended, well or not, settles its model; one that gave way to somebody's job does not."""
+        """A job that ended, well or not, settles its model, unless it gave way or something changed meanwhile."""
         job = self._job
-        if job is not None and (job.state is JobState.FAILED or job.result.get("complete")):
+        is_settled = job is not None and not job.gave_way and (job.state is not JobState.DONE or job.result["complete"])
+        if job is not None and is_settled and self._generation == self._begun_in:
             self._settled.add(job.model)
         self._job = None
 
@@ -90,7 +96,8 @@ class Idler:
             try:
                 options = await self._tuner.options(model.name)
                 if self._tuner.is_unsettled(options):
-                    self._job = self._tuner.tune(model.name, by_itself=True)
+                    self._begun_in = self._generation
+                    self._job = await self._tuner.tune(model.name, by_itself=True)
                     return
             except ApplianceError as error:
                 _log.info("%s is not measured: %s", model.name, error)

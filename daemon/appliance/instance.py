@@ -173,10 +173,19 @@ class Instance:
             await link.close()
             raise
         self.load_ns = time.monotonic_ns() - began
+        self._note_fallback()
         self.accepts = not self._is_closing
         self._set_state(ModelState.READY)
         self._arm_watchdog()
         self._pump()
+
+    def _note_fallback(self) -> None:
+        """Never silently: count it and, unless the manifest allows it, say so in the log."""
+        if self.fallback:
+            self._statistics.fallbacks += 1
+            if self._manifest.fallback != "allow":
+                device = self.loaded.execution.device
+                _log.warning("%s runs on %s as a fallback: %s", self._manifest.name, device, self.fallback)
 
     def _take_in(self, loaded: worker_pb2.Loaded, link: WorkerLink) -> None:
         """Make ready for a worker that has loaded the model.

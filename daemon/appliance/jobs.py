@@ -39,6 +39,7 @@ class Job:
         kind: ``"tune"`` or ``"quantize"``.
         model: The model it is about.
         by_itself: True where the daemon started it in idle time.
+        gave_way: It was ended for one that somebody asked for.
         state: Where it stands; `PAUSED` while it yields to requests.
         step: What it does now, for people.
         done: Parts of the work that are done.
@@ -46,6 +47,8 @@ class Job:
         error: Why it failed, or an empty string.
         kind_of_error: The error's kind, likewise.
         result: What came of it.
+        paused_seconds: Time it yielded to requests, all but the pause under way.
+        paused_at: When that began, CLOCK_MONOTONIC seconds.
         began: When it began, CLOCK_MONOTONIC seconds; 0 before.
         ended: When it ended, likewise.
     """
@@ -54,6 +57,7 @@ class Job:
     kind: str
     model: str
     by_itself: bool = False
+    gave_way: bool = False
     state: JobState = JobState.QUEUED
     step: str = ""
     done: int = 0
@@ -61,6 +65,8 @@ class Job:
     error: str = ""
     kind_of_error: str = ""
     result: dict[str, Any] = field(default_factory=dict)
+    paused_seconds: float = 0.0
+    paused_at: float = 0.0
     began: float = 0.0
     ended: float = 0.0
 
@@ -68,6 +74,16 @@ class Job:
     def is_over(self) -> bool:
         """True once nothing more will happen."""
         return self.state in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+
+    def yield_now(self) -> None:
+        """It stands still for requests."""
+        self.state, self.paused_at = JobState.PAUSED, time.monotonic()
+
+    def go_on(self) -> None:
+        """It need not yield any more."""
+        if self.state is JobState.PAUSED:
+            self.state = JobState.RUNNING
+            self.paused_seconds += time.monotonic() - self.paused_at
 
     def progress(self, step: str, done: int, total: int) -> None:
         """Say what goes on."""
@@ -88,11 +104,13 @@ class Job:
             "error": self.error,
             "error_kind": self.kind_of_error,
             "result": self.result,
+            "paused_seconds": round(self.paused_seconds, 3),
             "seconds": round(until - self.began, 3) if self.began else 0.0,
         }
 
 
 Work = Callable[[Job], Awaitable[dict[str, Any]]]
+OnEnd = Callable[[], None]
 
 
 class Jobs:
@@ -105,6 +123,7 @@ class Jobs:
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._waiting: deque[tuple[Job, Work]] = deque()
+        self._on_end: dict[str, OnEnd] = {}
         self._current: tuple[Job, asyncio.Task[dict[str, Any]]] | None = None
         self._ended: deque[Job] = deque(maxlen=_KEPT)
         self._runner: asyncio.Task[None] | None = None
@@ -135,8 +154,15 @@ class Jobs:
         """The job of a kind on a model that is not over, or None."""
         return next((job for job in self.listed() if (job.kind, job.model) == (kind, model) and not job.is_over), None)
 
-    def submit(self, kind: str, model: str, work: Work, by_itself: bool = False) -> Job:
+    def submit(self, kind: str, model: str, work: Work, by_itself: bool = False, on_end: OnEnd | None = None) -> Job:
         """Queue `work`; a job of the daemon's own that runs gives way to one somebody asked for.
+
+        Args:
+            kind: What is done.
+            model: To which model.
+            work: Does it.
+            by_itself: Nobody asked for it.
+            on_end: Called once the job is over, but not where the daemon's end is the reason.
 
         Raises:
             Conflict: Too many jobs wait.
@@ -145,7 +171,10 @@ class Jobs:
             raise Conflict(f"cannot queue the job: {_MAX_WAITING} are waiting")
         job = Job(str(next(self._numbers)), kind, model, by_itself)
         self._waiting.append((job, work))
+        if on_end is not None:
+            self._on_end[job.id] = on_end
         if not by_itself and self._current is not None and self._current[0].by_itself:
+            self._current[0].gave_way = True
             self._current[1].cancel()
         if self._runner is None or self._runner.done():
             self._runner = asyncio.ensure_future(self._run())
@@ -203,3 +232,6 @@ class Jobs:
     def _end(self, job: Job, state: JobState) -> None:
         job.state, job.ended = state, time.monotonic()
         self._ended.append(job)
+        on_end = self._on_end.pop(job.id, None)
+        if on_end is not None and not self.is_closing:
+            on_end()

@@ -327,7 +327,11 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _bare_manifest(directory: Path) -> Manifest:
-    versions = [entry.name for entry in directory.iterdir() if entry.is_dir() and VERSION_NAME.fullmatch(entry.name)]
+    try:
+        entries = list(directory.iterdir())
+    except OSError as error:
+        raise InvalidManifest(f"cannot read the directory of {directory.name!r}: {error.strerror}") from error
+    versions = [entry.name for entry in entries if entry.is_dir() and VERSION_NAME.fullmatch(entry.name)]
     artifacts = [
         ArtifactEntry(path=f"{version}/{filename}", format=format_)
         for version in sorted(versions, key=int)

@@ -24,7 +24,8 @@ class VariantKey:
         device: The device's own identity (`appliance.inventory.Device.identity`), not its place in a list.
         driver: The device's driver version; for a CPU the features that decide on kernels.
         precision: Precision of the computation.
-        options: The variant's options as JSON with sorted keys; directories left out.
+        options: The variant's options as JSON with sorted keys, directories left out; of a model of texts also the name
+            of the sample, whose lengths it is measured with.
     """
 
     artifact: str
@@ -51,8 +52,12 @@ def canonical_options(options: Mapping[str, str]) -> str:
     return json.dumps({name: value for name, value in options.items() if name not in _PLACES}, sort_keys=True)
 
 
-def key_of(digest: str, variant: Variant, runtime: str, device: str, driver: str) -> VariantKey:
-    """The key of `variant` of the artifact whose contents have the sha256 `digest`."""
+def key_of(digest: str, variant: Variant, runtime: str, device: str, driver: str, workload: str = "") -> VariantKey:
+    """The key of `variant` of the artifact whose contents have the sha256 `digest`.
+
+    `workload` names the inputs it is measured with, where their lengths are not fixed.
+    """
+    options = {**variant.options, "workload": workload} if workload else variant.options
     return VariantKey(
         artifact=digest,
         backend=variant.backend,
@@ -60,7 +65,7 @@ def key_of(digest: str, variant: Variant, runtime: str, device: str, driver: str
         device=device,
         driver=driver,
         precision=variant.precision,
-        options=canonical_options(variant.options),
+        options=canonical_options(options),
     )
 
 

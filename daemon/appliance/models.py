@@ -23,6 +23,7 @@ from appliance.errors import (
     ApplianceError,
     ArtifactCorrupt,
     BackendError,
+    Conflict,
     DeviceLost,
     ModelNotFound,
     ModelNotReady,
@@ -161,6 +162,16 @@ class Model:
     def requested_device(self) -> str:
         """The device that `variant` is placed on; empty while nothing serves."""
         return self._instance.placement.load.device if self._instance is not None else ""
+
+    @property
+    def has_lost_its_device(self) -> bool:
+        """True where it failed since the device it must run on is gone."""
+        return isinstance(self._failure, DeviceLost)
+
+    def note_choice(self, by: ChosenBy) -> None:
+        """What serves is now somebody's choice: by measuring, or by hand."""
+        if self._instance is not None:
+            self._instance.placement = replace(self._instance.placement, chosen_by=by)
 
     @property
     def is_displaced(self) -> bool:
@@ -355,7 +366,6 @@ class Model:
                 await instance.close()
                 raise
             else:
-                self._note_fallback(manifest, instance)
                 return instance
         if len({type(error) for _, error in failures}) == 1 and not isinstance(failures[0][1], NoPlacement):
             raise failures[0][1]
@@ -376,20 +386,12 @@ class Model:
             activity=self._activity,
         )
 
-    def _note_fallback(self, manifest: Manifest, instance: Instance) -> None:
-        """Never silently: count it and, unless the manifest allows it, say so in the log."""
-        if instance.fallback:
-            self.statistics.fallbacks += 1
-            if manifest.fallback != "allow":
-                _log.warning(
-                    "%s runs on %s as a fallback: %s", self.name, instance.loaded.execution.device, instance.fallback
-                )
-
     async def move(self, placement: Placement) -> None:
         """Have another variant of the version that is loaded take over; no request meets a gap.
 
         Raises:
             ModelNotReady: The model is not loaded.
+            Conflict: Its files changed since it was loaded, so the variant may be one of another model.
             ApplianceError: The variant cannot be loaded; what served before still serves.
         """
         while self._change is not None:
@@ -400,17 +402,29 @@ class Model:
     async def _move(self, placement: Placement) -> None:
         if self._instance is None or self._prepared is None:
             raise ModelNotReady(f"cannot change how model {self.name!r} runs: it is {self.state.value}")
-        instance = self._new_instance(self._prepared.manifest, placement)
+        prepared = self._prepared
+        if placement.load.version != prepared.version:
+            raise ModelNotReady(
+                f"cannot change how model {self.name!r} runs: it serves version {prepared.version!r} now"
+            )
+        artifacts = [each.load.artifact_path for each in prepared.placements]
+        fingerprint = (
+            await asyncio.to_thread(read_manifest, self.directory),
+            await asyncio.to_thread(_files, self.directory, artifacts),
+        )
+        if fingerprint != prepared.fingerprint:
+            raise Conflict(f"cannot change how model {self.name!r} runs: its files changed; load it again first")
+        instance = self._new_instance(prepared.manifest, placement)
         await instance.start()
-        self._note_fallback(self._prepared.manifest, instance)
         replaced, self._instance = self._instance, instance
         if replaced is not None:
             self._retire(replaced)
 
-    async def displace(self, reason: str) -> None:
+    async def displace(self, lost: str, reason: str) -> None:
         """Leave a device that is gone: run elsewhere as far as the manifest's fallback allows, else fail.
 
         Args:
+            lost: The device; a model that runs elsewhere by the time it is asked stays where it is.
             reason: What is the matter with the device.
 
         Raises:
@@ -418,14 +432,13 @@ class Model:
         """
         while self._change is not None:
             await asyncio.wait({self._change})
-        self._start_change(self._displace(reason), is_loading=True)
+        self._start_change(self._displace(lost, reason), is_loading=True)
         await self._join()
 
-    async def _displace(self, reason: str) -> None:
+    async def _displace(self, lost: str, reason: str) -> None:
         instance, prepared = self._instance, self._prepared
-        if instance is None or prepared is None:
+        if instance is None or prepared is None or instance.placement.load.device != lost:
             return
-        lost = instance.placement.load.device
         error = DeviceLost(f"cannot run model {self.name!r} on {lost!r}: {reason}")
         try:
             if prepared.manifest.fallback == "forbid":

@@ -8,7 +8,7 @@ asked later and apart (`smoke`), since it means loading a model there.
 
 import asyncio
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib import metadata
@@ -77,6 +77,12 @@ class BackendRecord:
             device: Id of a device.
         """
         return self.variants.get((format_, _COUNTS_AS.get(precision, precision), device), ())
+
+
+def reasons_unlisted(records: Iterable[BackendRecord], device_id: str) -> str:
+    """Why backends that serve devices of its kind cannot use a device, each by name; empty where none says anything."""
+    reasons = ((record.name, record.unlisted.get(device_id)) for record in records)
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
 
 
 @dataclass(frozen=True, slots=True)

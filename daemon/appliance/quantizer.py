@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from appliance.errors import BackendError, InvalidRequest, NoPlacement
 from appliance.jobs import Job, Jobs
 from appliance.models import Model
 from appliance.placement import ChosenBy
-from appliance.registry import DerivedVariant
+from appliance.registry import DerivedVariant, WantedJob
 from appliance.tuner import Tuner
 
 _log = logging.getLogger("appliance.quantizer")
@@ -60,7 +60,7 @@ class Quantizer:
         self._model = model
         self._tuner = tuner
 
-    def quantize(self, name: str, method: str, calibration: str = "", rows: int = DEFAULT_ROWS) -> Job:
+    async def quantize(self, name: str, method: str, calibration: str = "", rows: int = DEFAULT_ROWS) -> Job:
         """Queue a quantisation; the variant is measured and judged afterwards, by a tuning of its own.
 
         Args:
@@ -85,7 +85,8 @@ class Quantizer:
         async def work(job: Job) -> dict[str, Any]:
             return await self._quantize(job, name, method, calibration, rows)
 
-        return self._jobs.submit("quantize", name, work)
+        question = {"method": method, "calibration": calibration, "rows": rows}
+        return await self._tuner.want(WantedJob(name, "quantize", question), work)
 
     async def remove(self, name: str, variant_id: str) -> None:
         """Delete a derived variant's files and forget it; what serves must not be it.
@@ -109,10 +110,12 @@ class Quantizer:
         job.progress("looking at the model", 0, 0)
         options = await self._tuner.options(name)
         source = options.candidates.reference
-        if source is None:
+        if source.source.artifact.precision != "FP32":
             raise NoPlacement(f"cannot quantise model {name!r}: it has no FP32 artifact that a backend here can run")
         inputs = await asyncio.to_thread(self._calibration, options, calibration) if METHODS[method] else None
         folder = self._chooser.state / "variants" / name / options.version
+        known = {one.id for one in self._registry.variants(name, options.version)}
+        await asyncio.to_thread(_sweep, folder, known)
         making = folder / f".{method}-{os.getpid()}-{job.id}"
         await asyncio.to_thread(_fresh_directory, making)
         try:
@@ -123,7 +126,7 @@ class Quantizer:
         await self._registry.put_variant(made)
         await self._registry.add_event("variant", name, f"{made.id} was made by {method}")
         before = await asyncio.to_thread(_total_bytes, source.source.artifact.path)
-        tuning = self._tuner.tune(name)
+        tuning = await self._tuner.tune(name)
         return {
             "variant": made.id,
             "precision": made.precision,
@@ -195,9 +198,8 @@ class Quantizer:
         digest = contents_digest(made)
         variant_id = f"{method}-{digest[:8]}"
         place = making.parent / variant_id
-        if place.exists():
-            shutil.rmtree(place)
-        making.rename(place)
+        if not place.exists():  # else the same was made before, and may be serving
+            making.rename(place)
         path = place / str(result["file"])
         return DerivedVariant(
             id=variant_id,
@@ -213,6 +215,13 @@ class Quantizer:
             calibration_rows=int(result.get("rows", 0)),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+
+def _sweep(folder: Path, known: Collection[str]) -> None:
+    """Remove what an interrupted quantisation left: nobody makes anything here now."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in known:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _fresh_directory(path: Path) -> None:

@@ -18,8 +18,17 @@ from appliance.choice import Choice, Verdict
 from appliance.chooser import Chooser, Options
 from appliance.config import TuningSection
 from appliance.errands import Errands
-from appliance.errors import ApplianceError, BackendError, InvalidRequest, NoPlacement
-from appliance.jobs import Job, Jobs
+from appliance.errors import (
+    ApplianceError,
+    ArtifactCorrupt,
+    BackendError,
+    Conflict,
+    DeviceLost,
+    InvalidRequest,
+    NoPlacement,
+    WorkerLost,
+)
+from appliance.jobs import Job, Jobs, Work
 from appliance.manifest import read_manifest
 from appliance.measurement import Measurement, Point
 from appliance.models import Model
@@ -31,6 +40,9 @@ _log = logging.getLogger("appliance.tuner")
 
 #: Batch sizes measured; a model's own bound cuts the list.
 ROWS: Final = (1, 2, 4, 8, 16, 32)
+#: Trouble that says nothing lasting about a variant.
+_PASSING: Final = (WorkerLost, DeviceLost)
+
 #: A short budget shortens the time spent on one batch size down to this.
 _MIN_POINT_SECONDS: Final = 0.05
 #: A variant that takes longer than this to load, or to run through the sample, is out.
@@ -44,18 +56,27 @@ class Tally:
     """What one tuning did.
 
     Attributes:
+        job: The tuning.
+        budget: Seconds it may take, not counting those it yields to requests.
         measured: Names of candidates measured now.
         reused: How many measurements were good already.
         checked: Names of candidates whose accuracy was checked now.
         is_complete: False where the budget ended it.
-        began: CLOCK_MONOTONIC seconds.
     """
 
+    job: Job
+    budget: float
     measured: list[str] = field(default_factory=list)
     reused: int = 0
     checked: list[str] = field(default_factory=list)
     is_complete: bool = True
-    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_spent(self) -> bool:
+        """True once the budget is used up; the tuning is not complete then."""
+        if time.monotonic() - self.job.began - self.job.paused_seconds > self.budget:
+            self.is_complete = False
+        return not self.is_complete
 
 
 class Tuner:
@@ -86,8 +107,10 @@ class Tuner:
         self._model = model
         self._settings = settings
         self._cache = cache
+        self._tasks: set[asyncio.Task[bool]] = set()
+        self._locks: dict[str, asyncio.Lock] = {}
 
-    def tune(
+    async def tune(
         self, name: str, budget_seconds: float | None = None, is_fresh: bool = False, by_itself: bool = False
     ) -> Job:
         """Queue a tuning, or join the one under way.
@@ -95,7 +118,7 @@ class Tuner:
         Args:
             name: The model; it need not be loaded.
             budget_seconds: Measuring time; the configuration's where None.
-            is_fresh: Measure again what is known.
+            is_fresh: Measure and check again what is known.
             by_itself: Idle time allows it, nobody asked.
 
         Raises:
@@ -109,24 +132,29 @@ class Tuner:
         budget = budget_seconds or self._settings.budget_seconds
 
         async def work(job: Job) -> dict[str, Any]:
-            if not by_itself:  # asked for, so it is resumed after a restart
-                await self._registry.put_wanted(WantedJob(name, "tune", {"budget_seconds": budget}))
-            try:
-                return await self._tune(job, name, budget, is_fresh)
-            finally:
-                # A daemon that stops leaves it wanted; whoever cancels it or sees it fail does not.
-                if not by_itself and not self._jobs.is_closing:
-                    await asyncio.shield(self._registry.remove_wanted(name, "tune"))
+            return await self._tune(job, name, budget, is_fresh)
 
-        return self._jobs.submit("tune", name, work, by_itself)
+        if by_itself:
+            return self._jobs.submit("tune", name, work, by_itself)
+        return await self.want(WantedJob(name, "tune", {"budget_seconds": budget, "fresh": is_fresh}), work)
 
-    def resume_wanted(self) -> None:
-        """Queue again what somebody asked for before the daemon was stopped."""
-        for wanted in self._registry.wanted():
-            try:
-                self.tune(wanted.model, float(wanted.question.get("budget_seconds") or 0) or None)
-            except ApplianceError as error:
-                _log.info("not tuning %s any more: %s", wanted.model, error)
+    async def want(self, wanted: WantedJob, work: Work) -> Job:
+        """Queue what somebody asked for, so that a daemon that is stopped before takes it up again.
+
+        Raises:
+            Conflict: Too many jobs wait.
+        """
+
+        def forget() -> None:
+            task = asyncio.ensure_future(self._registry.remove_wanted(wanted.model, wanted.kind))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        job = self._jobs.submit(wanted.kind, wanted.model, work, on_end=forget)
+        await self._registry.put_wanted(wanted)
+        if job.is_over:  # meanwhile
+            forget()
+        return job
 
     async def options(self, name: str) -> Options:
         """What a model can be run as, loaded or not, with keys.
@@ -136,7 +164,7 @@ class Tuner:
         """
         model = self._model(name)
         manifest = await asyncio.to_thread(read_manifest, model.directory)
-        version = model.version or manifest.versions[-1]
+        version = model.version if model.variant else manifest.versions[-1]
         return await self._chooser.options(manifest, model.directory, version)
 
     def missing(self, options: Options) -> list[Candidate]:
@@ -149,7 +177,23 @@ class Tuner:
 
     def is_unsettled(self, options: Options) -> bool:
         """True where measuring or checking would add to what is known."""
-        return bool(self.missing(options)) or self._chooser.decide(options).unchecked is not None
+        return (
+            bool(self.missing(options))
+            or self._chooser.decide(options).unchecked is not None
+            or bool(self._unproved(options))
+        )
+
+    def _unproved(self, options: Options) -> list[Candidate]:
+        """Candidates of lower precision that run and were never compared with the reference."""
+        return [
+            one
+            for one in options.candidates.found
+            if not one.is_exact
+            and one.name != options.candidates.reference.name
+            and (found := self._chooser.measurement(options, one)) is not None
+            and found.points
+            and self._chooser.evidence(options, one) is None
+        ]
 
     async def pin(self, name: str, variant: str) -> None:
         """Have one candidate serve whatever the measurements say, until it is unpinned; swaps it in if loaded.
@@ -163,27 +207,33 @@ class Tuner:
         if chosen is None:
             names = ", ".join(one.name for one in options.candidates.found)
             raise InvalidRequest(f"cannot pin {variant[:128]!r}: the candidates of model {name!r} are {names}")
-        await self._move(name, options, chosen, ChosenBy.PINNED)
-        key = options.keys[chosen.name].id
-        reason = "an administrator pinned it"
-        await self._registry.put_placement(
-            StoredPlacement(name, options.version, key, chosen.name, "pinned", reason, is_pinned=True)
-        )
+        async with self._lock(name):
+            await self._move(name, options, chosen, ChosenBy.PINNED)
+            key = options.keys[chosen.name].id
+            reason = "an administrator pinned it"
+            await self._registry.put_placement(
+                StoredPlacement(name, options.version, key, chosen.name, "pinned", reason, is_pinned=True)
+            )
         await self._registry.add_event("pin", name, f"{chosen.name} was pinned")
 
     async def unpin(self, name: str) -> None:
-        """Leave the choice to the measurements, or the rule, again; swaps in what they say."""
+        """Leave the choice to the measurements, or the rule, again; swaps in what they say.
+
+        Raises:
+            ApplianceError: That cannot be loaded; what was pinned stays so.
+        """
         options = await self.options(name)
-        stored = self._registry.placement(name, options.version)
-        if stored is None or not stored.is_pinned:
-            return
-        await self._registry.remove_placement(name, options.version)
+        async with self._lock(name):
+            stored = self._registry.placement(name, options.version)
+            if stored is None or not stored.is_pinned:
+                return
+            choice = self._chooser.decide(options)
+            if choice.winner is not None:
+                await self._take(name, options, choice, choice.winner)
+            else:
+                await self._move(name, options, options.candidates.first_tries()[0], ChosenBy.RULE)
+                await self._registry.remove_placement(name, options.version)
         await self._registry.add_event("pin", name, f"{stored.variant} is not pinned any more")
-        choice = self._chooser.decide(options)
-        if choice.winner is not None:
-            await self._adopt(name, options, choice)
-        else:
-            await self._move(name, options, options.candidates.first_tries()[0], ChosenBy.RULE)
 
     async def restore(self, name: str) -> None:
         """Have a model run as it should again, after it had to run elsewhere.
@@ -192,28 +242,31 @@ class Tuner:
             ApplianceError: That cannot be loaded; what served before still serves.
         """
         model = self._model(name)
-        manifest = model.manifest
-        if manifest is None:
-            return
-        first, *_ = await self._chooser.placements(manifest, model.directory, model.version)
-        if first.variant != model.variant:
-            await model.move(first)
-            await self._registry.add_event("swap", name, f"{first.variant} serves again")
+        async with self._lock(name):
+            manifest = model.manifest
+            if manifest is None or not model.is_displaced:
+                return
+            first, *_ = await self._chooser.placements(manifest, model.directory, model.version)
+            if first.variant != model.variant:
+                await model.move(first)
+                await self._registry.add_event("swap", name, f"{first.variant} serves again")
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """Held by whoever changes what serves a model and what is kept of that; both must be one step."""
+        return self._locks.setdefault(name, asyncio.Lock())
 
     # ---------------------------------------------------------------- one tuning
 
     async def _tune(self, job: Job, name: str, budget: float, is_fresh: bool) -> dict[str, Any]:
         options = await self.options(name)
-        tally = Tally()
-        found = options.candidates.found
-        wanted = list(found) if is_fresh else self.missing(options)
-        tally.reused = len(found) - len(wanted)
+        tally = Tally(job, budget)
+        wanted = self._wanted(options, is_fresh=is_fresh, is_asked=not job.by_itself)
+        tally.reused = len(options.candidates.found) - len(wanted)
         share = max(0.8 * budget / max(len(wanted) * len(ROWS), 1), _MIN_POINT_SECONDS)
         seconds = min(share, self._settings.point_seconds)
         for attempt in range(_ROUNDS):
             for number, one in enumerate(wanted):
-                if time.monotonic() - tally.began > budget:
-                    tally.is_complete = False
+                if tally.is_spent:
                     break
                 job.progress(f"measuring {one.name}", number, len(wanted))
                 await self._measure(job, options, one, seconds, is_fresh or attempt > 0)
@@ -221,9 +274,10 @@ class Tuner:
                     tally.measured.append(one.name)
             measured = [self._chooser.measurement(options, one) for one in wanted]
             wanted = [one for one, result in zip(wanted, measured, strict=True) if result and result.is_disturbed]
-            if not wanted or not tally.is_complete:
+            if not wanted or tally.is_spent:
                 break
-        choice = await self._settle(job, options, tally)
+        await self._prove(job, options, tally, is_fresh=is_fresh, is_asked=not job.by_itself)
+        choice = self._chooser.decide(options, self._model(name).variant)
         swapped = await self._adopt(name, options, choice)
         return {
             "chosen": choice.winner.name if choice.winner else None,
@@ -233,6 +287,36 @@ class Tuner:
             "checked": tally.checked,
             "complete": tally.is_complete,
         }
+
+    def _wanted(self, options: Options, *, is_fresh: bool, is_asked: bool) -> list[Candidate]:
+        """What to measure; where somebody asks, also what could not be run the last time."""
+        if is_fresh:
+            return list(options.candidates.found)
+        failed = [
+            one
+            for one in options.candidates.found
+            if is_asked and (found := self._chooser.measurement(options, one)) is not None and found.problem
+        ]
+        return [*self.missing(options), *failed]
+
+    async def _prove(self, job: Job, options: Options, tally: Tally, *, is_fresh: bool, is_asked: bool) -> None:
+        """Check the accuracy of what decides the choice, then of every other candidate of lower precision."""
+        known = (one for one in options.candidates.found if self._chooser.evidence(options, one) is not None)
+        again = {
+            one.name
+            for one in known
+            if is_fresh or (is_asked and (proof := self._chooser.evidence(options, one)) is not None and proof.problem)
+        }
+        while not tally.is_spent:
+            choice = self._chooser.decide(options, self._model(options.manifest.name).variant)
+            rest = [one for one in options.candidates.found if one.name in again] or self._unproved(options)
+            one = choice.unchecked or (rest[0] if rest else None)
+            if one is None:
+                return
+            job.progress(f"checking the accuracy of {one.name}", len(tally.checked), len(tally.checked) + len(rest))
+            again.discard(one.name)
+            await self._check(job, options, one)
+            tally.checked.append(one.name)
 
     async def _measure(self, job: Job, options: Options, one: Candidate, seconds: float, is_fresh: bool) -> None:
         """Measure one candidate and keep every point."""
@@ -251,6 +335,7 @@ class Tuner:
             "sample": str(path) if path is not None else None,
         }
         step, number, total = job.step, job.done, job.total
+        is_whole = False
         try:
             async with aclosing(self._errands.run(job, placement, question, _TASK_SECONDS)) as answers:
                 async for answer in answers:
@@ -273,36 +358,37 @@ class Tuner:
                     elif point := answer.get("point"):
                         points.append(Point(**point))
                         found = replace(found, points=tuple(sorted(points, key=lambda each: each.rows)))
-                        await self._registry.put_measurement(options.manifest.name, options.version, found, False)
+                        if self._registry.measurement(key.id) is None:  # what is whole stays until this is
+                            await self._registry.put_measurement(options.manifest.name, options.version, found, False)
                     elif result := answer.get("result"):
+                        is_whole = True
                         found = replace(found, peak_bytes=int(result["peak_bytes"]))
-            if not found.points:
-                raise BackendError("it measured nothing")
+            if not (found.points and is_whole):
+                raise BackendError("cannot measure: it ended before it was done")
+        except _PASSING as error:
+            _log.info("%s as %s is not measured: %s", options.manifest.name, one.name, error)
+            return
         except ApplianceError as error:
             _log.info("%s as %s: %s", options.manifest.name, one.name, error)
             found = Measurement(key, measured_at=_now(), problem=str(error))
         await self._registry.put_measurement(options.manifest.name, options.version, found, True)
 
-    async def _settle(self, job: Job, options: Options, tally: Tally) -> Choice:
-        """Check the accuracy of one candidate after the other until the choice is settled."""
-        serving = self._model(options.manifest.name).variant
-        while True:
-            choice = self._chooser.decide(options, serving)
-            one = choice.unchecked
-            if one is None:
-                return choice
-            job.progress(f"checking the accuracy of {one.name}", len(tally.checked), 0)
-            await self._check(job, options, one)
-            tally.checked.append(one.name)
-
     async def _check(self, job: Job, options: Options, one: Candidate) -> None:
+        """Compare a candidate with the reference and keep the verdict.
+
+        Raises:
+            ApplianceError: The reference itself cannot be run, which says nothing about the candidate.
+        """
         reference = options.candidates.reference
-        if reference is None:
-            raise NoPlacement(
-                f"cannot tune model {options.manifest.name!r}: no backend runs it in FP32 to compare with"
-            )
+        outputs = await self._reference(job, options, reference)
         comparison, problem = None, ""
         try:
+            comparison = await self._compare(job, options, one, outputs, None)
+        except _PASSING as error:
+            _log.info("%s as %s is not compared: %s", options.manifest.name, one.name, error)
+            raise
+        except ArtifactCorrupt:  # what was kept of the reference cannot be read
+            await asyncio.to_thread(outputs.unlink, missing_ok=True)
             outputs = await self._reference(job, options, reference)
             comparison = await self._compare(job, options, one, outputs, None)
         except ApplianceError as error:
@@ -311,7 +397,7 @@ class Tuner:
         evidence = Evidence(
             key=options.keys[one.name],
             reference=options.keys[reference.name].id,
-            sample=options.sample,
+            sample=options.trial,
             bound=options.manifest.quality.bound,
             comparison=comparison,
             problem=problem,
@@ -320,10 +406,13 @@ class Tuner:
         await self._registry.put_evidence(options.manifest.name, options.version, options.metric, evidence)
 
     async def _reference(self, job: Job, options: Options, reference: Candidate) -> Path:
-        """The reference's outputs, from the last time or made now."""
-        limit = options.manifest.quality.limit
+        """The reference's outputs, from the last time or made now.
+
+        Raises:
+            ApplianceError: It cannot be run.
+        """
         key = options.keys[reference.name].id
-        path = self._cache / "references" / f"{key}-{options.sample[:16]}-{options.metric}-{limit}.npz"
+        path = self._cache / "references" / f"{key}-{options.trial[:16]}-{options.metric}.npz"
         if not path.is_file():
             await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
             await self._compare(job, options, reference, None, path)
@@ -357,29 +446,39 @@ class Tuner:
 
     async def _adopt(self, name: str, options: Options, choice: Choice) -> bool:
         """Keep the choice, and swap it in where the model is loaded and nobody pinned another."""
-        winner = choice.winner
-        if winner is None:
-            return False
-        stored = self._registry.placement(name, options.version)
-        if stored is not None and stored.is_pinned:
-            return False
+        async with self._lock(name):
+            stored = self._registry.placement(name, options.version)
+            if choice.winner is None or (stored is not None and stored.is_pinned):
+                return False
+            return await self._take(name, options, choice, choice.winner)
+
+    async def _take(self, name: str, options: Options, choice: Choice, winner: Candidate) -> bool:
         before = self._model(name).variant
-        swapped = await self._move(name, options, winner, ChosenBy.MEASURED)
+        try:
+            swapped = await self._move(name, options, winner, ChosenBy.MEASURED)
+        except Conflict as error:  # the next load takes it
+            _log.info("%s", error)
+            swapped = False
         reason = next(one.reason for one in choice.considered if one.verdict is Verdict.CHOSEN)
-        kept = StoredPlacement(name, options.version, options.keys[winner.name].id, winner.name, "measured", reason)
-        if stored is None or (stored.key, stored.reason) != (kept.key, kept.reason):
-            await self._registry.put_placement(kept)
+        key = options.keys[winner.name].id
+        await self._registry.put_placement(StoredPlacement(name, options.version, key, winner.name, "measured", reason))
         if swapped:
             _log.info("%s: %s takes over from %s: %s", name, winner.name, before, reason)
             await self._registry.add_event("swap", name, f"{winner.name} took over from {before}: {reason}")
         return swapped
 
     async def _move(self, name: str, options: Options, to: Candidate, by: ChosenBy) -> bool:
-        """Swap `to` in where the version is loaded and something else, or somebody else's choice, serves."""
+        """Swap `to` in where the version is loaded and something else serves.
+
+        Raises:
+            Conflict: The model's files are others than those that serve.
+            ApplianceError: It cannot be loaded; what served before still serves.
+        """
         model = self._model(name)
         if not model.variant or model.version != options.version:
             return False
-        if model.variant == to.name and model.chosen_by == by:
+        if model.variant == to.name and not model.is_displaced:
+            model.note_choice(by)
             return False
         await model.move(await self._chooser.placement(options, to, by))
         return True

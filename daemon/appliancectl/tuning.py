@@ -18,7 +18,7 @@ def _path(name: str, what: str) -> str:
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_model)
+@click.argument("name", metavar="MODEL", shell_complete=complete_model)
 @click.option("--budget", type=click.FloatRange(min=1), metavar="SECONDS", help="Measuring time it may take.")
 @click.option("--fresh", is_flag=True, help="Measure again what is known.")
 @click.option("--detach", is_flag=True, help="Do not wait; `appliancectl jobs` shows how it goes.")
@@ -46,7 +46,7 @@ def tune(target: Target, name: str, budget: float | None, fresh: bool, detach: b
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_model)
+@click.argument("name", metavar="MODEL", shell_complete=complete_model)
 @click.option("--points", is_flag=True, help="Show latency by batch size too.")
 @common_options
 def explain(target: Target, name: str, points: bool) -> None:
@@ -59,7 +59,7 @@ def explain(target: Target, name: str, points: bool) -> None:
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_model)
+@click.argument("name", metavar="MODEL", shell_complete=complete_model)
 @click.argument("variant", shell_complete=complete_variant)
 @common_options
 def pin(target: Target, name: str, variant: str) -> None:
@@ -70,7 +70,7 @@ def pin(target: Target, name: str, variant: str) -> None:
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_model)
+@click.argument("name", metavar="MODEL", shell_complete=complete_model)
 @common_options
 def unpin(target: Target, name: str) -> None:
     """Leave the choice to the measurements again."""
@@ -88,7 +88,7 @@ def _print_serving(target: Target, answer: dict[str, Any], done: str) -> None:
 
 
 @click.command()
-@click.argument("name", shell_complete=complete_model)
+@click.argument("name", metavar="MODEL", shell_complete=complete_model)
 @click.option(
     "--method",
     type=click.Choice(["int8", "int8-qdq", "fp16", "bf16", "int8-weights", "int4-weights"]),
@@ -100,7 +100,7 @@ def _print_serving(target: Target, answer: dict[str, Any], done: str) -> None:
     "--calibration",
     metavar="SOURCE",
     default="",
-    help="'manifest', 'recorded' or a directory of inputs. [default: the manifest's, else what was recorded]",
+    help="'manifest', 'recorded', or a file or directory of inputs. [default: the manifest's, else what was recorded]",
 )
 @click.option("--rows", type=click.IntRange(1, 1_000_000), help="Calibration inputs to use at most. [default: 300]")
 @click.option("--remove", metavar="VARIANT", help="Delete a variant made earlier, instead of making one.")
@@ -219,16 +219,26 @@ def _bound(answer: dict[str, Any]) -> str:
 
 
 def _print_points(answer: dict[str, Any]) -> None:
+    points = [
+        (one["name"], point)
+        for one in answer["candidates"]
+        if one["measurement"]
+        for point in one["measurement"]["points"]
+    ]
+    is_counted = any(point["energy_mj"] is not None for _, point in points)
     rows = []
-    for one in answer["candidates"]:
-        for point in one["measurement"]["points"] if one["measurement"] else ():
-            rows.append(
-                (
-                    one["name"],
-                    str(point["rows"]),
-                    _milliseconds(point["median_us"]),
-                    _milliseconds(point["spread_us"]),
-                    str(point["samples"]),
-                )
+    for name, point in points:
+        noise = "~" if point["disturbed"] else ""
+        energy = "-" if point["energy_mj"] is None else f"{point['energy_mj']:.3g} mJ"
+        rows.append(
+            (
+                name,
+                str(point["rows"]),
+                noise + _milliseconds(point["median_us"]),
+                _milliseconds(point["spread_us"]),
+                str(point["samples"]),
+                *((energy,) if is_counted else ()),
             )
-    print_table(("candidate", ">rows", ">median", ">spread", ">runs"), rows, "nothing is measured")
+        )
+    columns = ("candidate", ">rows", ">median", ">spread", ">runs", *((">energy",) if is_counted else ()))
+    print_table(columns, rows, "nothing is measured")

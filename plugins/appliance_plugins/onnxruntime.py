@@ -1,8 +1,8 @@
 """Backend ``onnxruntime``: ONNX models on the CPU and, with the runtime's CUDA build, on NVIDIA GPUs.
 
-Options on the CPU: ``threads`` is how many cores one run may use, by default all the process may run on; ``spin_us`` is
-how long idle threads stay awake after a run, by default not at all. Nothing of CUDA has run on a GPU yet; that a
-session without it lands on the CPU, and why, has been seen.
+Options on the CPU: ``threads`` is how many cores one run may use, by default all the process may run on, or fewer where
+the inventory that was probed says so; ``spin_us`` is how long idle threads stay awake after a run, by default not at
+all. Nothing of CUDA has run on a GPU yet; that a session without it lands on the CPU, and why, has been seen.
 """
 
 import ctypes
@@ -68,6 +68,7 @@ class OnnxRuntimeBackend:
 
     def __init__(self) -> None:
         self._uuids: dict[str, str] = {}
+        self._cores = 0
 
     def probe(self, inventory: Inventory) -> Support:
         """The CPU, and NVIDIA devices where this build has CUDA and finds its libraries."""
@@ -81,7 +82,9 @@ class OnnxRuntimeBackend:
         cards = [device.id for device in inventory.devices if _is_card(device)]
         absent = cuda_provider.why_absent(onnxruntime) if cards else ""
         self._uuids = {device.id: device.uuid for device in inventory.devices if _is_card(device)}
-        devices = [device.id for device in inventory.devices if device.kind == "cpu"]
+        processors = [device for device in inventory.devices if device.kind == "cpu"]
+        self._cores = max((device.cores for device in processors), default=0)
+        devices = [device.id for device in processors]
         return Support(
             devices=(*devices, *(() if absent else cards)),
             runtime=runtime,
@@ -123,6 +126,7 @@ class OnnxRuntimeBackend:
                 + (f", only {offered}" if offered else "")
             )
         threads, spin_us = _read(variant.options)
+        threads = threads or self._default_threads()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR
         options.intra_op_num_threads = threads
@@ -145,6 +149,11 @@ class OnnxRuntimeBackend:
             detail = f"threads={threads}" + (f", spin_us={spin_us}" if spin_us else "")
             execution = Execution(variant.device, _PROVIDER, variant.precision, detail)
         return _wrap(session, execution)
+
+    def _default_threads(self) -> int:
+        """One for each core; the inventory counts a container's CPU quota, which the affinity does not show."""
+        affinity = len(os.sched_getaffinity(0))
+        return min(self._cores or affinity, affinity)
 
 
 def _is_card(device: Device) -> bool:
@@ -283,12 +292,11 @@ def _spinning(spin_us: int) -> dict[str, str]:
 
 
 def _read(options: Mapping[str, str]) -> tuple[int, int]:
-    """Threads and microseconds of spinning."""
+    """Threads, 0 for as many as there are cores, and microseconds of spinning."""
     unknown = sorted(set(options) - {"threads", "spin_us"})
     if unknown:
         raise ValueError(f"option {unknown[0]!r} is unknown; there are 'threads' and 'spin_us'")
-    threads = _number(options, "threads", 1, 1024) or len(os.sched_getaffinity(0))
-    return threads, _number(options, "spin_us", 0, _MAX_SPIN_US)
+    return _number(options, "threads", 1, 1024), _number(options, "spin_us", 0, _MAX_SPIN_US)
 
 
 def _number(options: Mapping[str, str], name: str, least: int, most: int) -> int:

@@ -12,6 +12,7 @@ An artifact of format ``"fake"`` is a JSON object; every key may be left out::
       "load_gate": PATH, "run_gate": PATH,       # a load, or a run told to `wait`, goes on once this file exists
       "on_load": COMMAND, "on_warmup": COMMAND,  # obeyed while loading, or in the first run
       "in_precision": {"BF16": COMMAND},         # obeyed in every run of a variant of that precision
+      "raise_above": {"rows": 4, "says": TEXT},  # a run of more rows raises RuntimeError of this text
       "precision": "FP32",                       # what executed_on reports
       "resident_bytes": 0                        # memory that loading takes and keeps
     }
@@ -93,6 +94,7 @@ class FakeSession:
         self._on_warmup = behaviour.get("on_warmup")
         self._in_precision = behaviour.get("in_precision", {}).get(variant.precision)
         self._run_gate = behaviour.get("run_gate")
+        self._raise_above = behaviour.get("raise_above")
         self._kept = [bytearray(os.urandom(4096) * (behaviour.get("resident_bytes", 0) // 4096))]
 
     def run(self, inputs, outputs):
@@ -102,6 +104,8 @@ class FakeSession:
         if command is None and first.size:
             command = _command_of(first.reshape(-1)[0])
         rows = first.shape[0] if first.ndim else 1
+        if self._raise_above is not None and rows > self._raise_above["rows"]:
+            raise RuntimeError(self._raise_above["says"])
         duration_us = self._a_us * rows + self._c_us
         if duration_us:
             time.sleep(duration_us / 1e6)

@@ -90,7 +90,30 @@ def test_the_reference_is_full_precision_on_the_cpu(directory):
     on_gpu = candidates(directory, manifest(), backend("onnxruntime", devices=("nvidia0",)))
     assert on_gpu.reference.name == "onnxruntime/nvidia0/FP32"
     lowered = candidates(directory, manifest(), backend("onnxruntime", precisions=("BF16",)))
-    assert lowered.reference is None
+    assert lowered.reference.name == "onnxruntime/cpu/BF16", "nothing is nearer to full precision"
+
+
+@pytest.mark.parametrize("wish", [{"precision": "BF16"}, {"device": "nvidia0"}, {"options": {"threads": "1"}}])
+def test_what_the_manifest_leaves_out_can_still_be_compared_with(directory, wish):
+    chosen = backend("onnxruntime", devices=("cpu", "nvidia0"), precisions=("FP32", "BF16"))
+    found = candidates(directory, manifest(placement=wish), chosen)
+    assert found.reference.name == "onnxruntime/cpu/FP32"
+    assert found.reference.name not in [one.name for one in found.found]
+
+
+def test_options_of_the_manifest_that_make_two_offers_one_leave_one(directory):
+    one = backend("onnxruntime")
+    offers = (Variant("onnxruntime", "cpu", "FP32"), Variant("onnxruntime", "cpu", "FP32", {"threads": "1"}))
+    one = backend("onnxruntime", variants={("onnx", "FP32", "cpu"): offers})
+    found = candidates(directory, manifest(placement={"options": {"threads": "1"}}), one)
+    assert [each.name for each in found.found] == ["onnxruntime/cpu/FP32/threads=1"]
+
+
+def test_a_model_that_is_stored_in_int8_alone_is_served_as_it_is(directory):
+    small = {"name": "model", "artifacts": [{"path": "1/model.onnx", "format": "onnx", "precision": "INT8"}]}
+    found = candidates(directory, Manifest.model_validate(small), quantising())
+    assert names(found) == ["onnxruntime/cpu/INT8"]
+    assert found.reference.name == "onnxruntime/cpu/INT8"
 
 
 SAMPLED = {"samples": {"evaluation": "samples.jsonl"}}
@@ -114,6 +137,7 @@ def quantising(name="onnxruntime"):
 def test_a_quantised_artifact_is_never_the_first_try_and_is_named_after_its_file(directory):
     found = candidates(directory, with_int8(directory, **SAMPLED), quantising())
     assert [one.name for one in found.found] == ["onnxruntime/cpu/FP32", "onnxruntime/cpu/INT8@model.int8.onnx"]
+    assert names(found) == ["onnxruntime/cpu/FP32"], "not even where that one fails"
     assert found.reference.name == "onnxruntime/cpu/FP32"
 
 

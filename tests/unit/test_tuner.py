@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,12 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from appliance.config import Config
 from appliance.engine import Engine
-from appliance.errors import InvalidRequest, NoPlacement
+from appliance.errors import Conflict, InvalidRequest, NoPlacement
 from appliance.explanation import explain
 from appliance.inventory import Device, Inventory, Rung, Step
 from appliance.jobs import JobState
 from appliance.types import InferRequest, ModelState, Tensor
+from support.daemon import children, command_line
 from support.workers import until
 
 PLUGINS = str(Path(__file__).parents[1] / "plugins_scripted")
@@ -77,7 +80,7 @@ async def over(job):
 
 
 async def tuned(engine, **options):
-    return await over(engine.tuner.tune("model", **options))
+    return await over(await engine.tuner.tune("model", **options))
 
 
 async def explained(engine) -> dict:
@@ -201,26 +204,28 @@ def test_a_changed_driver_causes_exactly_one_new_measurement_of_each_variant_on_
     runs = tmp_path / "runs"
     write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400}, runs=str(runs))
     newer = replace(GPU, driver="580.2")
+    on_gpu = {f"{backend}/nvidia0/{precision}" for backend in ("quick", "slow") for precision in ("FP32", "BF16")}
 
     async def scenario(engine):
         await tuned(engine)
         keys = {one["name"]: one["key"] for one in (await explained(engine))["candidates"]}
-        known = {each.measurement.key.id for each in engine.registry.measurements("model")}
         await engine.hardware.refresh()
-        options = await engine.tuner.options("model")
-        changed = {name for name, key in options.keys.items() if key.id != keys[name]}
-        assert changed == {"quick/nvidia0/FP32", "quick/nvidia0/BF16", "slow/nvidia0/FP32", "slow/nvidia0/BF16"}
-        await tuned(engine)
-        added = [
-            each.measurement.key.driver
-            for each in engine.registry.measurements("model")
-            if each.measurement.key.id not in known
-        ]
-        assert added == ["580.2"] * 4
+        document = await explained(engine)
+        changed = {one["name"] for one in document["candidates"] if one["key"] != keys[one["name"]]}
+        assert changed == on_gpu
+        disturbed = {
+            one["name"] for one in document["candidates"] if one["measurement"] and one["measurement"]["disturbed"]
+        }
+        result = await tuned(engine)
+        assert set(result["measured"]) - disturbed == on_gpu, "those and no other"
         await engine.hardware.refresh()
-        again = {each.measurement.key.id for each in engine.registry.measurements("model")}
-        await tuned(engine)
-        assert {each.measurement.key.id for each in engine.registry.measurements("model")} == again
+        before = len(measured_processes(runs))
+        document = await explained(engine)
+        disturbed = {one["name"] for one in document["candidates"] if one["measurement"]["disturbed"]}
+        result = await tuned(engine)
+        assert set(result["measured"]) == disturbed, "the same driver again measures nothing anew"
+        if not disturbed:
+            assert len(measured_processes(runs)) == before
 
     run(tmp_path, scenario, devices=(CPU, GPU), later=(CPU, newer))
 
@@ -229,16 +234,19 @@ def test_a_cancelled_tuning_keeps_its_points_and_the_next_one_goes_on(tmp_path):
     write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
 
     async def scenario(engine):
-        job = engine.tuner.tune("model")
+        job = await engine.tuner.tune("model")
         await until(lambda: any(each.is_complete for each in engine.registry.measurements("model")), 50)
         engine.jobs.cancel(job.id)
         await until(lambda: job.is_over)
         assert job.state is JobState.CANCELLED
         known = {each.measurement.key.id for each in engine.registry.measurements("model") if each.is_complete}
         assert 1 <= len(known) < 4
-        assert engine.registry.wanted() == []
+        await until(lambda: engine.registry.wanted() == [])
+        undisturbed = [each for each in engine.registry.measurements("model") if each.is_complete]
+        undisturbed = [each for each in undisturbed if not each.measurement.is_disturbed]
         result = await tuned(engine)
         assert result["complete"]
+        assert result["reused"] >= len(undisturbed)
 
     run(tmp_path, scenario)
 
@@ -247,16 +255,19 @@ def test_a_tuning_that_the_daemons_end_interrupted_goes_on_after_the_restart(tmp
     write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
 
     async def first(engine):
-        engine.tuner.tune("model")
+        await engine.tuner.tune("model")
         await until(lambda: any(each.is_complete for each in engine.registry.measurements("model")), 50)
 
     async def second(engine):
         await until(engine.jobs.listed)
         (job,) = engine.jobs.listed()
         assert (job.kind, job.model) == ("tune", "model")
-        await over(job)
+        kept = [each for each in engine.registry.measurements("model") if each.is_complete]
+        kept = [each for each in kept if not each.measurement.is_disturbed]
+        result = await over(job)
+        assert result["reused"] >= len(kept)
         assert engine.model("model").status().variant == "quick/cpu/BF16"
-        assert engine.registry.wanted() == []
+        await until(lambda: engine.registry.wanted() == [])
 
     run(tmp_path, first)
     run(tmp_path, second)
@@ -273,6 +284,88 @@ def test_a_budget_ends_measuring_and_says_so(tmp_path):
     run(tmp_path, scenario)
 
 
+def test_every_lowered_candidate_that_runs_is_compared_and_the_evidence_shown(tmp_path):
+    write(tmp_path / "models" / "model", us={"FP32": 400, "BF16": 900, "INT8": 900}, int8={"us": {"INT8": 900}})
+
+    async def scenario(engine):
+        result = await tuned(engine)
+        assert result["chosen"] == "quick/cpu/FP32"
+        for one in (await explained(engine))["candidates"]:
+            lowered = one["precision"] != "FP32"
+            assert (one["evidence"] is not None) is lowered or one["name"] == "slow/cpu/FP32", one["name"]
+            assert one["verdict"] == ("slower" if one["name"] != "quick/cpu/FP32" else "chosen")
+
+    run(tmp_path, scenario)
+
+
+def test_a_new_bound_judges_the_old_numbers_anew_and_a_new_sample_needs_new_ones(tmp_path):
+    directory = write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400}, error={"BF16": 0.5})
+
+    async def scenario(engine):
+        await tuned(engine)
+        assert engine.model("model").status().variant == "quick/cpu/BF16"
+        manifest = (directory / "model.toml").read_text()
+        (directory / "model.toml").write_text(f"{manifest}\n[quality]\nbound = 0.000001\n")
+        await engine.load("model")
+        assert engine.model("model").status().variant == "quick/cpu/FP32", "the evidence is known, the bound is tighter"
+        (directory / "model.toml").write_text(manifest)
+        sample = (directory / "sample.jsonl").read_text().splitlines()
+        (directory / "sample.jsonl").write_text("\n".join(sample[:20]))
+        await engine.load("model")
+        assert engine.model("model").status().variant == "quick/cpu/FP32", "nothing is proved on this sample"
+        await tuned(engine)
+        assert engine.model("model").status().variant == "quick/cpu/BF16"
+
+    run(tmp_path, scenario)
+
+
+def test_a_sample_that_is_gone_does_not_stop_a_load(tmp_path):
+    directory = write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
+
+    async def first(engine):
+        await tuned(engine)
+
+    async def second(engine):
+        status = engine.model("model").status()
+        assert (status.state, status.variant) == (ModelState.READY, "quick/cpu/FP32")
+
+    run(tmp_path, first)
+    (directory / "sample.jsonl").unlink()
+    run(tmp_path, second)
+
+
+def test_a_measuring_process_that_somebody_ends_says_nothing_about_its_variant(tmp_path):
+    write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
+
+    async def scenario(engine):
+        job = await engine.tuner.tune("model")
+        await until(lambda: "measuring quick/cpu/FP32 (" in job.step, 50)
+        for pid in children(os.getpid()):
+            if b"appliance.worker.task" in command_line(pid):
+                os.kill(pid, signal.SIGKILL)
+        await over(job)
+        assert (await candidate(engine, "quick/cpu/FP32"))["verdict"] == "unmeasured"
+        assert "quick/cpu/FP32" in (await tuned(engine))["measured"]
+        assert (await candidate(engine, "quick/cpu/FP32"))["measurement"]
+
+    run(tmp_path, scenario)
+
+
+def test_a_cancelled_fresh_measurement_leaves_what_was_known(tmp_path):
+    write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
+
+    async def scenario(engine):
+        await tuned(engine)
+        job = await engine.tuner.tune("model", is_fresh=True)
+        await until(lambda: "(" in job.step, 50)
+        engine.jobs.cancel(job.id)
+        await until(lambda: job.is_over)
+        assert all(each.is_complete for each in engine.registry.measurements("model"))
+        assert len(engine.registry.measurements("model")) == 4
+
+    run(tmp_path, scenario)
+
+
 # ---------------------------------------------------------------- traffic
 
 
@@ -280,7 +373,7 @@ def test_a_request_suspends_measuring_at_once_and_the_tuning_still_ends(tmp_path
     write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
 
     async def scenario(engine):
-        job = engine.tuner.tune("model")
+        job = await engine.tuner.tune("model")
         paused = 0
         for _ in range(3):
             await until(lambda: job.state is JobState.RUNNING and "measuring" in job.step and "(" in job.step, 50)
@@ -343,6 +436,47 @@ def test_a_pin_holds_against_measurements_and_restarts_until_it_is_taken_back(tm
     run(tmp_path, second)
 
 
+def test_a_pinned_device_that_is_missing_at_the_start_is_no_silent_fall_back(tmp_path):
+    directory = write(tmp_path / "models" / "model")
+
+    async def first(engine):
+        await engine.tuner.pin("model", "quick/nvidia0/FP32")
+
+    async def warned(engine):
+        status = engine.model("model").status()
+        assert (status.state, status.device) == (ModelState.READY, "cpu")
+        assert status.fallback == "nvidia0: it is not there"
+        assert engine.model("model").statistics.fallbacks == 1
+
+    async def forbidden(engine):
+        status = engine.model("model").status()
+        assert status.state is ModelState.FAILED
+        assert "quick/nvidia0/FP32 was chosen, fallback is 'forbid', nvidia0: it is not there" in status.reason
+
+    run(tmp_path, first, devices=(CPU, GPU))
+    run(tmp_path, warned)
+    manifest = (directory / "model.toml").read_text()
+    (directory / "model.toml").write_text('fallback = "forbid"\n' + manifest)
+    run(tmp_path, forbidden)
+
+
+def test_tuning_puts_no_file_into_service_that_nobody_loaded(tmp_path):
+    directory = write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
+
+    async def scenario(engine):
+        write(directory, us={"FP32": 900, "BF16": 400}, error={"FP32": 5.0, "BF16": 5.0})
+        result = await tuned(engine)
+        assert (result["chosen"], result["swapped"]) == ("quick/cpu/BF16", False)
+        answer = await engine.infer(request())
+        assert bytes(answer.outputs[0].content) == b"\x01" * 32
+        with pytest.raises(Conflict, match="load it again first"):
+            await engine.tuner.pin("model", "slow/cpu/FP32")
+        await engine.load("model")
+        assert engine.model("model").status().variant == "quick/cpu/BF16"
+
+    run(tmp_path, scenario)
+
+
 LANDS = {"lands_on": {"nvidia0": "cpu"}}
 
 
@@ -400,6 +534,8 @@ def test_a_model_leaves_a_device_that_is_lost_and_comes_back_to_it(tmp_path, los
         assert model.status().device == "nvidia0"
         await engine.hardware.refresh()
         await until(lambda: model.status().device == "cpu")
+        await engine.hardware.refresh()
+        await engine.infer(request())
         status = model.status()
         assert (status.state, model.statistics.fallbacks) == (ModelState.READY, 1)
         assert status.fallback.startswith("nvidia0: ")
@@ -419,6 +555,9 @@ def test_a_model_that_may_not_fall_back_fails_with_its_device(tmp_path):
         await engine.hardware.refresh()
         await until(lambda: engine.model("model").state is ModelState.FAILED)
         assert "it is not there any more" in engine.model("model").status().reason
+        engine.hardware._survey = lambda *_: asyncio.sleep(0, Inventory((CPU, GPU), 2, 1 << 34))
+        await engine.hardware.refresh()
+        await until(lambda: engine.model("model").status().device == "nvidia0")
 
     run(tmp_path, scenario, devices=(CPU, GPU), later=(CPU,))
 

@@ -7,7 +7,7 @@ from typing import Final
 from appliance.doctor import Finding, Severity
 from appliance.doctor.facts import Facts
 from appliance.inventory import Device, Step
-from appliance.plugins import PluginStatus
+from appliance.plugins import PluginStatus, reasons_unlisted
 
 #: Distributions that install the same module, by module: of two in one environment the later overwrites the earlier.
 RIVALS: Final = {
@@ -80,16 +80,12 @@ def _with_user(facts: Facts, step: Step, reason: str) -> str:
 def unused_device(facts: Facts) -> Iterator[Finding]:
     """A device could be used and no backend does."""
     for each in unused(facts):
-        reasons = [
-            f"{record.name}: {record.unlisted[each.id]}"
-            for record in facts.backends.values()
-            if record.unlisted.get(each.id)
-        ]
-        reasons += [
+        unusable = (
             f"{record.name} is {record.status.value}: {record.reason}"
             for record in facts.backends.values()
             if record.status is not PluginStatus.AVAILABLE
-        ]
+        )
+        reasons = filter(None, (reasons_unlisted(facts.backends.values(), each.id), *unusable))
         yield Finding(
             "unused-device",
             Severity.WARNING,

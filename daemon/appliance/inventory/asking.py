@@ -19,6 +19,9 @@ REFRESH_SECONDS: Final = 15.0
 #: What starting the child and writing its answer may take of that; drivers get the rest.
 _OVERHEAD_SECONDS: Final = 0.7
 
+#: How the problem of an inventory begins that was read without the survey.
+_MAKESHIFT: Final = "cannot survey the hardware:"
+
 #: -P: the working directory is nobody's place to import from.
 _COMMAND: Final = (sys.executable, "-P", "-m", "appliance.worker.survey")
 
@@ -30,6 +33,11 @@ def directories_of(config: "Config") -> dict[str, str]:
         "cache": str(config.cache_directory()),
         "state": str(config.state_directory()),
     }
+
+
+def is_makeshift(inventory: Inventory) -> bool:
+    """True for one that `take_inventory` made up of CPU and memory, since the survey gave no usable answer."""
+    return any(problem.startswith(_MAKESHIFT) for problem in inventory.problems)
 
 
 async def take_inventory(
@@ -52,10 +60,7 @@ async def take_inventory(
     # Late: a daemon whose survey works never needs it.
     from appliance.inventory.cpu import read_inventory
 
-    problem = (
-        f"cannot survey the hardware: {reason}. CPU and memory were read without it; appliancectl hardware --refresh "
-        "tries again"
-    )
+    problem = f"{_MAKESHIFT} {reason}. CPU and memory were read without it; appliancectl hardware --refresh tries again"
     return replace(read_inventory(), problems=(problem,))
 
 

@@ -59,13 +59,13 @@ class TuningRoutes:
     async def _tune(self, request: Request) -> Response:
         body = _Fields(request, "budget_seconds", "fresh")
         budget = body.number("budget_seconds")
-        job = self._engine.tuner.tune(request.names["model"], budget, body.flag("fresh"))
+        job = await self._engine.tuner.tune(request.names["model"], budget, body.flag("fresh"))
         return json_response(job.as_json())
 
     async def _quantize(self, request: Request) -> Response:
         body = _Fields(request, "method", "calibration", "rows")
         rows = body.number("rows")
-        job = self._engine.quantizer.quantize(
+        job = await self._engine.quantizer.quantize(
             request.names["model"],
             body.text("method") or "int8",
             body.text("calibration"),

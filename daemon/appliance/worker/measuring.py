@@ -1,6 +1,7 @@
 """Task ``measure``: how long runs of a variant take, by number of rows, on the code path that serves."""
 
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from appliance.worker.loading import inventory_of, load, manifest_of
 from appliance.worker.messages import presentable
 from appliance.worker.model import ContractBroken, ServedModel
 from appliance.worker.question import Say, counts_of, load_of, path_of
+from appliance.worker.runner import is_out_of_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +50,7 @@ def measure(question: Mapping[str, Any], say: Say) -> None:
     """Load the variant of `question`, say how that went, and measure it at every number of rows it asks for.
 
     Numbers of rows beyond the model's `max_batch_size` are left out; a model without batch dimension is measured once,
-    with rows 0.
+    with rows 0. Where memory runs out, what was measured with fewer rows stands and larger batches are not tried.
 
     Raises:
         ApplianceError: The variant cannot be loaded or run, or the sample is of no use.
@@ -70,7 +72,13 @@ def measure(question: Mapping[str, Any], say: Say) -> None:
     stopwatch = _Stopwatch(model, suspensions, _counter(message, loaded), int(seconds * 1e9))
     for place, n in enumerate(left):
         say({"progress": {"step": "measuring", "done": place, "total": len(left)}})
-        point = stopwatch.point(n, inputs.batch(n))
+        try:
+            point = stopwatch.point(n, inputs.batch(n))
+        except (_OutOfMemory, MemoryError) as error:
+            if not any(smaller < n for smaller in (*done, *left[:place])):
+                raise
+            print(f"{presentable(error)}; larger batches are not tried", file=sys.stderr)  # noqa: T201
+            break
         say({"point": asdict(point)})
         if point.median_us > _SLOW_RUN_US:
             break
@@ -146,6 +154,10 @@ class _Attempt:
         )
 
 
+class _OutOfMemory(BackendError):
+    """A run failed since memory ran out."""
+
+
 class _Stopwatch:
     """Measures one model."""
 
@@ -161,7 +173,7 @@ class _Stopwatch:
         """Warm up and measure; where others kept the cores busy again, and then the least disturbed attempt counts.
 
         Raises:
-            BackendError: A run failed.
+            BackendError: A run failed; `_OutOfMemory` where memory was too little for it.
         """
         try:
             self._warm_up(rows, feeds)
@@ -176,7 +188,8 @@ class _Stopwatch:
         except ApplianceError:
             raise
         except Exception as error:  # whatever the runtime raises
-            raise BackendError(f"cannot measure {rows} rows: {presentable(error)}") from error
+            kind = _OutOfMemory if is_out_of_memory(error) else BackendError
+            raise kind(f"cannot measure {rows} rows: {presentable(error)}") from error
         return min(attempts, key=lambda attempt: attempt.foreign_share).point(rows)
 
     def _warm_up(self, rows: int, feeds: "Mapping[str, NDArray[Any]]") -> None:

@@ -1,5 +1,6 @@
 """What a model gave for the rows of a sample, kept in an ``.npz`` file so that variants can be compared with it."""
 
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Outputs:
     length: int
 
     def save(self, path: Path) -> None:
-        """Write to `path`, in place of what is there.
+        """Write to `path`, in place of what is there: whole or, whatever happens, not at all.
 
         Raises:
             OSError: It cannot be written.
@@ -45,8 +46,16 @@ class Outputs:
         offsets = np.cumsum([0, *(row.size for row in self.rows)], dtype=np.int64)
         digests = np.frombuffer(b"".join(self.inputs), dtype=np.uint8).reshape(-1, _DIGEST_BYTES)
         fixed = np.array([self.classes, self.length], dtype=np.int64)
-        with path.open("wb") as file:  # a file, since numpy adds .npz to names without it
-            np.savez(file, values=values, offsets=offsets, inputs=digests, fixed=fixed)
+        partial = path.with_name(f".{path.name}.part")  # always the same, so that a kill leaves one at most
+        try:
+            with partial.open("wb") as file:  # a file, since numpy adds .npz to names without it
+                np.savez(file, values=values, offsets=offsets, inputs=digests, fixed=fixed)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def read(cls, path: Path) -> "Outputs":

@@ -8,6 +8,7 @@ else: what a plugin or a runtime prints goes to standard error. A task that fail
 import faulthandler
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -55,6 +56,9 @@ def _settle() -> int:
     die_with_parent()
     volunteer_for_oom_kill()
     os.nice(_NICENESS)
+    # Whoever stops the daemon may signal its whole control group; what that says of a variant is nothing.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     answers = os.dup(1)
     os.dup2(2, 1)
     faulthandler.enable()

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from appliance.backend import Artifact, Scope, Session, Support, Variant
@@ -27,6 +28,7 @@ class OpenVinoBackend:
 
     def __init__(self) -> None:
         self._names: Mapping[str, str] = {"cpu": "CPU"}
+        self._cores = 0
 
     def probe(self, inventory: Inventory) -> Support:
         """The devices that the runtime lists."""
@@ -35,6 +37,7 @@ class OpenVinoBackend:
         except ImportError as error:
             return Support((), reason=f"openvino cannot be imported: {error}")
         runtime = f"openvino {openvino.__version__.partition('-')[0]}"
+        self._cores = max((device.cores for device in inventory.devices if device.kind == "cpu"), default=0)
         served = [device for device in inventory.devices if is_served(device)]
         self._names = match(served, self._listed())
         unlisted = {device.id: why_unlisted(device) for device in served if device.id not in self._names}
@@ -57,7 +60,7 @@ class OpenVinoBackend:
             ValueError: The variant or one of the model's types cannot be served.
             Exception: What the runtime raises for a model it cannot load.
         """
-        settings = Settings.of(variant, artifact.precision)
+        settings = self._within_quota(Settings.of(variant, artifact.precision), variant.device)
         if variant.device not in self._names:
             raise ValueError(f"device {variant.device!r} is none that openvino lists")
         placing = Placing(self._names[variant.device], self._names, variant)
@@ -75,6 +78,15 @@ class OpenVinoBackend:
             source = _Source(self._own_core(), path, placing.name, settings.properties(is_cached=False))
             shapes = ShapeCompilations(source.request, settings.static, seconds)
         return CompiledSession(Request(compiled), compiled.inputs, compiled.outputs, placing, shapes)
+
+    def _within_quota(self, settings: Settings, device: str) -> Settings:
+        """As many threads on the CPU as there are cores in the inventory, where the runtime's own choice is more.
+
+        The inventory counts a container's CPU quota; the runtime goes by the affinity.
+        """
+        if device != "cpu" or settings.threads or not 0 < self._cores < len(os.sched_getaffinity(0)):
+            return settings
+        return replace(settings, threads=self._cores)
 
     def _load_static(self, path: str, placing: Placing, settings: Settings) -> Session:
         """For a device that compiles single shapes only."""

@@ -5,12 +5,18 @@ import json
 import pytest
 
 
-def candidate(name, verdict, reason, latency_us=None, evidence=None, disturbed=False):
+def candidate(name, verdict, reason, latency_us=None, evidence=None, disturbed=False, energy_mj=None):
     found = latency_us and {
         "latency_us": latency_us, "rows_per_second": 1e6 / latency_us, "best_rows": 8, "slope_us": 1.0,
-        "intercept_us": 2.0, "spread_us": 1.0, "load_ms": 120.0, "peak_bytes": 2**26, "energy_mj": None, "tokens": 0,
+        "intercept_us": 2.0, "spread_us": 1.0, "load_ms": 120.0, "peak_bytes": 2**26,
+        "energy_mj": energy_mj, "tokens": 0,
         "disturbed": disturbed, "measured_at": "2026-11-21T00:00:00+00:00",
-        "points": [{"rows": 1, "median_us": latency_us, "spread_us": 1.0, "samples": 50}],
+        "points": [
+            {
+                "rows": 1, "median_us": latency_us, "spread_us": 1.0, "samples": 50, "disturbed": disturbed,
+                "energy_mj": energy_mj,
+            }
+        ],
     }  # fmt: skip
     return {"name": name, "verdict": verdict, "reason": reason, "measurement": found, "evidence": evidence}
 
@@ -79,7 +85,26 @@ def test_explain_shows_what_serves_every_candidate_with_numbers_and_what_is_out_
 def test_explain_with_points_adds_latency_by_batch_size(ctl):
     rows = [line.split() for line in ctl("explain", "echo", "--points").out.splitlines()]
     assert ["candidate", "rows", "median", "spread", "runs"] in rows
-    assert ["onnxruntime/cpu/FP32", "1", "1.02", "ms", "0.001", "ms", "50"] in rows
+    assert ["onnxruntime/cpu/FP32", "1", "~1.02", "ms", "0.001", "ms", "50"] in rows
+
+
+def test_points_have_energy_where_the_machine_counts_it(ctl, answers):
+    counted = [
+        candidate("a/gpu/FP32", "chosen", "best", 512.0, energy_mj=12.5),
+        candidate("b/cpu/FP32", "slower", "", 2.0),
+    ]
+    answers[("GET", "/admin/models/echo/explain")] = (200, EXPLANATION | {"candidates": counted})
+    rows = [line.split() for line in ctl("explain", "echo", "--points").out.splitlines()]
+    assert ["candidate", "rows", "median", "spread", "runs", "energy"] in rows
+    assert [row[-2:] for row in rows if row[:2] == ["a/gpu/FP32", "1"]] == [["12.5", "mJ"]]
+    assert [row[-1] for row in rows if row[:2] == ["b/cpu/FP32", "1"]] == ["-"]
+
+
+@pytest.mark.parametrize("command", ["tune", "explain", "quantize", "pin", "unpin"])
+def test_help_calls_a_model_what_the_docs_call_it(run, command):
+    usage = run(command, "--help").out.splitlines()[0]
+    assert "MODEL" in usage
+    assert "NAME" not in usage
 
 
 def test_programs_get_everything(ctl):

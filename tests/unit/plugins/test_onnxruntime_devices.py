@@ -163,6 +163,23 @@ def test_cards_are_offered_full_and_half_precision():
     ]
 
 
+@pytest.mark.parametrize(
+    ("cores", "options", "threads"),
+    [(1, {}, 1), (1, {"threads": "2"}, 2), (2, {}, 2), (9, {}, 3), (0, {}, 3), (None, {}, 3)],
+)
+def test_one_thread_for_each_core_that_the_inventory_and_the_affinity_allow(
+    model, monkeypatch, cores, options, threads
+):
+    """A container with a quota of one core still may run on all of them; None: no inventory was probed."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2})
+    backend = OnnxRuntimeBackend()
+    if cores is not None:
+        backend.probe(Inventory((Device("cpu", "cpu", "a processor", 1, cores=cores),), 2, 1))
+    session = backend.load(model, Variant("onnxruntime", "cpu", "FP32", options))
+    assert session.executed_on().detail == f"threads={threads}"
+    session.close()
+
+
 @pytest.mark.parametrize("options", [{"spin_us": "-1"}, {"spin_us": "2000000"}, {"threads": "0"}, {"spin": "1"}])
 def test_options_out_of_range_are_refused(model, options):
     with pytest.raises(ValueError, match="option"):

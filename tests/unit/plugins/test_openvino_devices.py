@@ -1,5 +1,7 @@
 """Which of OpenVINO's devices is which of the inventory's, what is offered there, and why one is not listed."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from appliance.inventory import Device, Inventory
 from appliance_plugins.openvino import OpenVinoBackend, devices
 from appliance_plugins.openvino.devices import Listed, id_of, match, why_unlisted
 from appliance_plugins.openvino.session import Placing
+from appliance_plugins.openvino.settings import Settings
 
 CPU = Device("cpu", "cpu", "AMD EPYC", 1, ("avx2", "avx512_bf16"), "AuthenticAMD", cores=2)
 PLAIN = Device("cpu", "cpu", "Intel(R) Celeron(R)", 1, ("sse4_2",), "GenuineIntel", cores=2)
@@ -128,6 +131,33 @@ def model(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     path.write_bytes(model.SerializeToString())
     return Artifact(path, "onnx")
+
+
+@pytest.mark.parametrize(
+    ("cores", "options", "asked"),
+    [(1, {}, 1), (1, {"threads": "2"}, 2), (2, {}, None), (3, {}, None), (0, {}, None), (None, {}, None)],
+)
+def test_threads_are_set_where_the_inventory_counts_fewer_cores_than_the_affinity(
+    model, monkeypatch, cores, options, asked
+):
+    """A container with a quota of one core still may run on all of them; None: no inventory was probed."""
+    found = []
+    properties = Settings.properties
+
+    def seen(self, is_cached=True):
+        found.append(properties(self, is_cached))
+        return found[-1]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    monkeypatch.setattr(Settings, "properties", seen)
+    backend = OpenVinoBackend()
+    if cores is not None:
+        backend.probe(Inventory((replace(CPU, cores=cores),), 2, 1))
+    session = backend.load(model, Variant("openvino", "cpu", "FP32", options))
+    assert [one.get("INFERENCE_NUM_THREADS") for one in found] == [asked]
+    if asked == 1:
+        assert "threads=1" in session.executed_on().detail
+    session.close()
 
 
 def test_a_device_that_compiles_single_shapes_only_gets_one_for_each_shape(model, monkeypatch):

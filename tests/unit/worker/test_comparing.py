@@ -1,6 +1,11 @@
 """Outputs kept and compared."""
 
+import errno
 import hashlib
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,6 +118,43 @@ def test_outputs_of_any_length_come_back_as_they_were_saved(tmp_path, dtype):
     assert [row.tolist() for row in found.rows] == [[1.25, 2], [], [3]]
     assert {row.dtype for row in found.rows} == {np.dtype(dtype)}
     assert (found.inputs, found.classes, found.length) == (saved.inputs, 1, 8)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_reference_that_cannot_be_written_in_full_leaves_what_was_there(tmp_path, monkeypatch, is_there):
+    path = tmp_path / "r.npz"
+    if is_there:
+        outputs([1, 2]).save(path)
+    before = [(one.name, one.read_bytes()) for one in tmp_path.iterdir()]
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        outputs([3, 4]).save(path)
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == before
+
+
+SAVE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from appliance.worker.outputs import Outputs
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+Outputs([np.ones(1000, np.float32)], [bytes(32)], 1, 8).save(Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_while_a_reference_is_written_leaves_nothing_under_its_name(tmp_path):
+    path = tmp_path / "r.npz"
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, "-c", SAVE_AND_DIE, str(path)], check=False)
+        assert ended.returncode == -signal.SIGKILL
+        assert [one.name for one in tmp_path.iterdir()] == [".r.npz.part"], "one, however often"
+    outputs([1, 2]).save(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["r.npz"]
+    assert [row.tolist() for row in Outputs.read(path).rows] == [[1, 2]]
 
 
 def test_a_missing_reference_is_refused(tmp_path):

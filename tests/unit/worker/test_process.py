@@ -99,6 +99,9 @@ def test_no_descriptor_is_left_behind_by_slabs_regions_and_attached_outputs(fake
         os.close(fd)
         worker.unmap_region(5)
         assert worker.run([(0, "BYTES", (1,), harness.elements(b"abc"))], rows=1).rows(0) == [[b"abc"]]
+        # A worker closes what it attached after it has sent it, but before it takes the next packet.
+        worker.socket.send(bytes([wire.Kind.PING]))
+        assert worker.receive()[0] == bytes([wire.Kind.PONG])
         return len(os.listdir(directory))
 
     before = cycle()
