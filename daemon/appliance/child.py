@@ -22,6 +22,9 @@ MAX_ANSWER_BYTES: Final = 1 << 24
 #: A killed process that the kernel does not let go of is waited for no longer.
 _END_SECONDS: Final = 5.0
 
+#: How often it is looked whether a child that has said everything has ended.
+_LOOK_SECONDS: Final = 0.005
+
 #: The end of what a child wrote to its standard error, kept for the message where it died.
 _KEPT_STDERR_BYTES: Final = 2000
 
@@ -136,17 +139,28 @@ class Child:
     async def _check_end(self, left: float, said_anything: bool) -> None:
         try:
             async with asyncio.timeout(max(left, 0.1)):
-                status = await self._process.wait()
+                status = await self._status()
         except TimeoutError:
             raise ChildFailed("it closed its answer and did not end") from None
+        if status == 0:
+            return
         await asyncio.wait({self._reader}, timeout=1.0)
         if status < 0:
             name = signal.Signals(-status).name
             was_ended = -status in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
             raise ChildFailed(f"its process was killed by {name}{self._last_words()}", was_ended=was_ended)
-        if status != 0:
-            how = "before it was done" if said_anything else "and no answer"
-            raise ChildFailed(f"its process ended with status {status} {how}{self._last_words()}")
+        how = "before it was done" if said_anything else "and no answer"
+        raise ChildFailed(f"its process ended with status {status} {how}{self._last_words()}")
+
+    async def _status(self) -> int:
+        """How it ended, once it has.
+
+        `asyncio.subprocess.Process.wait` waits for the end of all pipes too, which something that a plugin started and
+        left behind may hold open.
+        """
+        while (status := self._process.returncode) is None:
+            await asyncio.sleep(_LOOK_SECONDS)
+        return status
 
     def _last_words(self) -> str:
         lines = self._stderr.decode("utf-8", "replace").strip().splitlines()

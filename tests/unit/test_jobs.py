@@ -2,8 +2,13 @@
 
 import asyncio
 import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
 
 from appliance.errors import Conflict, InvalidRequest, NoPlacement
 from appliance.jobs import Job, Jobs, JobState
@@ -265,7 +270,7 @@ def test_closing_cancels_what_runs_and_nothing_runs_afterwards():
 
 def test_progress_pauses_and_time_are_told(monkeypatch):
     ticks = itertools.count(100.0, 2.0)
-    monkeypatch.setattr("appliance.jobs.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("appliance.jobs.time", SimpleNamespace(monotonic=lambda: next(ticks)))
     job = Job("1", "tune", "a", state=JobState.RUNNING, began=90.0)
     job.progress("measuring", 2, 5)
     job.yield_now()  # at 100
