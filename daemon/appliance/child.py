@@ -158,7 +158,7 @@ class Child:
         `asyncio.subprocess.Process.wait` waits for the end of all pipes too, which something that a plugin started and
         left behind may hold open.
         """
-        while (status := self._process.returncode) is None:
+        while (status := self._process.returncode) is None:  # noqa: ASYNC110 - there is no event for this alone
             await asyncio.sleep(_LOOK_SECONDS)
         return status
 
