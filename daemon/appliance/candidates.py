@@ -19,7 +19,7 @@ from appliance.inventory import Device, Inventory
 from appliance.manifest import ArtifactEntry, Manifest
 from appliance.measurement import canonical_options
 from appliance.placement import ChosenBy, Placement
-from appliance.plugins import BackendRecord, PluginStatus
+from appliance.plugins import BackendRecord, PluginStatus, reasons_unlisted
 from appliance.quality import WITHOUT_SAMPLE
 from appliance.wire import worker_pb2
 
@@ -267,12 +267,7 @@ def _bar_idle_devices(records: Mapping[str, BackendRecord], inventory: Inventory
         if rung is not None:
             barred[device.id] = f"{rung.step.value} failed: {rung.reason}{f'; {rung.fix}' if rung.fix else ''}"
         elif device.id not in used:
-            reasons = [
-                f"{name}: {record.unlisted[device.id]}"
-                for name, record in records.items()
-                if device.id in record.unlisted
-            ]
-            barred[device.id] = "; ".join(reasons) or "no installed backend runs on it"
+            barred[device.id] = reasons_unlisted(records.values(), device.id) or "no installed backend runs on it"
 
 
 def place(

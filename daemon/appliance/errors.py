@@ -65,7 +65,7 @@ class Unauthenticated(ApplianceError):
 
 
 class Conflict(ApplianceError):
-    """Another change to the same model is under way."""
+    """What is asked for does not go with what goes on: another change, files changed meanwhile, too many jobs."""
 
     kind = "conflict"
     is_retryable = True
