@@ -1,0 +1,1 @@
+"""``appliancectl bench``: closed loops, open loops and MLPerf LoadGen's scenarios over the native socket."""
