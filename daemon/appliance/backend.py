@@ -23,6 +23,17 @@ CONTRACT_VERSION: Final = 1
 
 Scope = Literal["model", "device"]
 
+#: Runs that a session takes at the same time at most: each is a batch of its own in the worker.
+MAX_STREAMS: Final = 64
+
+#: Cores that each of them may use at most.
+MAX_THREADS: Final = 1024
+
+#: Options that mean the same to every backend that has them: how many runs go on at the same time, by default one, and
+#: how many cores each may use, by default an equal part of all. They change nothing of what is computed but the order
+#: in which numbers are added up.
+SPLIT: Final = ("streams", "threads")
+
 #: Precisions an artifact's weights and a variant's computation may have. FP64 counts as FP32: neither is lowered.
 #: ``"INT8-WEIGHTS"`` and ``"INT4-WEIGHTS"`` mean weights stored so and a computation in floating point.
 PRECISIONS: Final = ("FP32", "BF16", "FP16", "INT8", "INT8-WEIGHTS", "INT4-WEIGHTS")
@@ -57,7 +68,7 @@ class Variant:
             business of `options`.
         options: The backend's own settings, such as ``{"threads": "2"}``; values are text so that they can be stored.
             They may change speed and memory; of two variants that differ in options alone both are checked for
-            accuracy.
+            accuracy, unless they differ in `SPLIT` alone.
     """
 
     backend: str
@@ -111,6 +122,10 @@ class Session(Protocol):
     valid during the call only. BF16 travels as ``uint16`` arrays holding the upper halves of FP32; BYTES as ``object``
     arrays of ``bytes``; every other datatype as its numpy namesake.
 
+    A session that takes several runs at a time also has a property ``streams: int``, from 1 to `MAX_STREAMS`: so many
+    calls of `run` may go on at the same time, each in a thread of its own. The threads stay the same while it serves.
+    A session without it has one stream.
+
     A session that becomes faster of itself while it runs, as by compiling in the background for the shapes it sees,
     also has a property ``is_settled: bool``: False while the shapes that ran last may yet become faster. Asked between
     runs, by the thread that runs. It turns True after a bounded number of further runs of the same shapes and a bounded
@@ -135,7 +150,8 @@ class Session(Protocol):
             outputs: Names of the outputs wanted, never empty.
 
         Returns:
-            At least the wanted outputs by name. The arrays may be reused by the next call.
+            At least the wanted outputs by name. The arrays may be reused by the same thread's next call, and by no
+            other's.
 
         Raises:
             Exception: Anything; the whole batch fails with `BackendError` carrying the message.
@@ -143,7 +159,7 @@ class Session(Protocol):
         ...
 
     def executed_on(self) -> Execution:
-        """What the session runs on; asked after at least one `run`."""
+        """What the session runs on; asked after at least one `run`, while none goes on."""
         ...
 
     def close(self) -> None:

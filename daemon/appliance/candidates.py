@@ -3,7 +3,7 @@
 The rule gives a model its first placement, before anything is measured: full precision first; a discrete GPU, then the
 CPU, then an integrated GPU, then an NPU (either may well be slower than the CPU, so it must show by measurement that it
 is not); backends in the order of `PREFERENCE`; a backend's own order last. The manifest's
-``[placement]`` and ``[quality]`` narrow the choice.
+``[placement]``, ``[instances]`` and ``[quality]`` narrow the choice.
 """
 
 import json
@@ -21,6 +21,7 @@ from appliance.measurement import canonical_options
 from appliance.placement import ChosenBy, Placement
 from appliance.plugins import BackendRecord, PluginStatus, reasons_unlisted
 from appliance.quality import WITHOUT_SAMPLE
+from appliance.split import pinned, refusal, split_in, split_options, streams_of, threads_of, with_split
 from appliance.wire import worker_pb2
 
 #: Order of backends for one artifact; any other backend comes after these.
@@ -78,6 +79,26 @@ class Candidate:
         """True where nothing is lowered: it computes in FP32 what is stored in FP32."""
         return {self.variant.precision, self.source.artifact.precision} <= _FULL
 
+    @property
+    def computation(self) -> str:
+        """Its name without `SPLIT`: candidates that share it compute the same."""
+        return _name(with_split(self.variant, {}), self.source)
+
+    @property
+    def streams(self) -> int:
+        """Runs at the same time."""
+        return streams_of(self.variant.options)
+
+    @property
+    def threads(self) -> int:
+        """Cores that each run may use; 0 where that means nothing, on devices other than CPUs."""
+        return threads_of(self.variant.options, self.device)
+
+    def split(self, streams: int, threads: int) -> "Candidate":
+        """The same with so many runs at the same time, of so many cores each; 0 cores on devices other than CPUs."""
+        variant = with_split(self.variant, split_options(streams, threads, self.device))
+        return replace(self, name=_name(variant, self.source), variant=variant)
+
 
 @dataclass(frozen=True, slots=True)
 class Barred:
@@ -124,6 +145,7 @@ def list_candidates(
     records: Mapping[str, BackendRecord],
     inventory: Inventory,
     derived: Sequence[Source] = (),
+    asked_for: str = "",
 ) -> Candidates:
     """Every way to run a model version.
 
@@ -134,6 +156,8 @@ def list_candidates(
         records: Every backend by name.
         inventory: The machine.
         derived: Artifacts made from the version's own, by quantising.
+        asked_for: Name of a candidate that no backend offers; it is added if it differs from another in how cores are
+            split alone.
 
     Raises:
         NoPlacement: There is no candidate; the message gives every backend with its reason.
@@ -162,6 +186,9 @@ def list_candidates(
             barred[narrowed.name] = reason
         else:
             found.setdefault(narrowed.name, narrowed)
+    if asked_for and asked_for not in found:
+        other = _split_as(asked_for, found.values(), manifest)
+        found |= {other.name: other} if other is not None else {}
     _bar_idle_devices(records, inventory, barred)
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in barred.items())
@@ -222,8 +249,20 @@ def _narrowed(one: Candidate, manifest: Manifest) -> Candidate | str:
         where = f" on device {wish.device}" if wish.device else ""
         how = f" with precision {wish.precision}" if wish.precision else ""
         return f"offers no variant{where}{how}"
-    full = replace(variant, options={**variant.options, **wish.options})
+    options = pinned({**variant.options, **wish.options}, manifest.instances, one.device)
+    if options is None:
+        return "takes more cores than there are with the streams or threads that the manifest asks for"
+    full = replace(variant, options=options)
     return replace(one, name=_name(full, one.source), variant=full)
+
+
+def _split_as(name: str, found: Iterable[Candidate], manifest: Manifest) -> Candidate | None:
+    """The candidate of that name, if one of `found` differs from it in `SPLIT` alone and the manifest allows it."""
+    for one in found:
+        variant = with_split(one.variant, split_in(name))
+        if _name(variant, one.source) == name and not refusal(variant, one.device, manifest):
+            return replace(one, name=name, variant=variant)
+    return None
 
 
 def _lowered_too_far(manifest: Manifest, one: Candidate, *, is_full: bool) -> str:

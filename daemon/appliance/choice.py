@@ -84,7 +84,7 @@ def choose(
         candidates: In the order of the rule.
         measurement: What is known of a candidate's speed.
         evidence: What is known of its accuracy.
-        reference: Needs no evidence.
+        reference: Needs no evidence, and neither does what differs from it in how cores are split alone.
         incumbent: Serves now, and keeps serving unless another is better by a margin.
     """
     measured = {one.name: found for one in candidates if (found := measurement(one)) is not None}
@@ -106,9 +106,10 @@ def choose(
                 considered.append(Considered(one, found, proof, value, Verdict.REFUSED, proof.refusal))
             else:
                 considered.append(Considered(one, found, proof, value, Verdict.SLOWER, reason))
-        elif one.name == reference.name:
+        elif one.computation == reference.computation:
             winner = one
-            considered.append(Considered(one, found, None, value, Verdict.CHOSEN, f"best by {words}; the reference"))
+            itself = "the reference" if one.name == reference.name else "computes as the reference does"
+            considered.append(Considered(one, found, None, value, Verdict.CHOSEN, f"best by {words}; {itself}"))
         elif proof is None:
             unchecked = one
             reason = f"best by {words}, but its accuracy is not checked yet"

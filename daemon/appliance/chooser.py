@@ -49,6 +49,10 @@ class Options:
     keys: Mapping[str, VariantKey]
     trial: str
 
+    def computation(self, candidate: Candidate) -> VariantKey:
+        """What evidence of a candidate's accuracy is kept under."""
+        return self.keys[candidate.name].computation
+
     @property
     def sample_path(self) -> Path | None:
         """The evaluation sample, or None."""
@@ -90,7 +94,9 @@ class Chooser:
         self.registry = registry
         self.state = state
 
-    async def options(self, manifest: Manifest, directory: Path, version: str, with_keys: bool = True) -> Options:
+    async def options(
+        self, manifest: Manifest, directory: Path, version: str, with_keys: bool = True, asked_for: str | None = None
+    ) -> Options:
         """What a model version can be run as.
 
         Args:
@@ -98,6 +104,7 @@ class Chooser:
             directory: The model's.
             version: Which version.
             with_keys: False leaves out the keys, and with them reading the artifacts.
+            asked_for: Name of a candidate that no backend need offer, see `list_candidates`; None for what is pinned.
 
         Raises:
             NoPlacement, InvalidManifest: As `list_candidates`.
@@ -105,8 +112,11 @@ class Chooser:
         """
         records = await self._records()
         derived = await self._derived(manifest, directory, version) if with_keys else []
+        if asked_for is None:
+            stored = self.registry.placement(manifest.name, version)
+            asked_for = stored.variant if stored is not None and stored.is_pinned else ""
         found = await asyncio.to_thread(
-            list_candidates, manifest, directory, version, records, self._inventory(), derived
+            list_candidates, manifest, directory, version, records, self._inventory(), derived, asked_for
         )
         options = Options(manifest, directory, version, found, {}, "")
         if not with_keys:
@@ -134,6 +144,8 @@ class Chooser:
         parts = [str(manifest.quality.limit)]
         for section in (manifest.text, manifest.image, manifest.classification):
             parts.append(section.model_dump_json() if section is not None else "")
+        if manifest.sequence is not None:
+            parts.append(manifest.sequence.model_dump_json())
         parts += [entry.model_dump_json() for entry in (*manifest.inputs, *manifest.outputs)]
         files = [manifest.samples.evaluation] if manifest.samples else []
         files += [manifest.text.tokenizer] if manifest.text else []
@@ -242,7 +254,7 @@ class Chooser:
     def _place(self, options: Options, candidate: Candidate, by: ChosenBy) -> Placement:
         samples = options.manifest.samples
         recording = str(self.recording(options.manifest.name)) if samples and samples.record else ""
-        return place(
+        placement = place(
             candidate,
             options.manifest,
             options.directory,
@@ -252,6 +264,8 @@ class Chooser:
             recording,
             by,
         )
+        key = options.keys.get(candidate.name)
+        return placement if key is None else replace(placement, measurement=self.registry.measurement(key.id))
 
     async def placement(self, options: Options, candidate: Candidate, by: ChosenBy) -> Placement:
         """What a worker needs to load `candidate`."""
@@ -269,10 +283,8 @@ class Chooser:
 
     def evidence(self, options: Options, candidate: Candidate) -> Evidence | None:
         """How a candidate compares with the reference, judged by the bound the manifest has now."""
-        reference = options.candidates.reference
-        found = self.registry.evidence(
-            options.keys[candidate.name].id, options.keys[reference.name].id, options.trial, options.metric
-        )
+        key, reference = options.computation(candidate).id, options.computation(options.candidates.reference).id
+        found = self.registry.evidence(key, reference, options.trial, options.metric)
         return None if found is None else replace(found, bound=options.manifest.quality.bound)
 
     def decide(self, options: Options, incumbent: str = "") -> Choice:

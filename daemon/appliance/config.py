@@ -9,11 +9,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from appliance.errors import ConfigError
 from appliance.problems import describe_problems
 from appliance.types import Role
+
+UserName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class _Section(BaseModel):
@@ -101,6 +103,22 @@ class LimitsSection(_Section):
     header_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
 
 
+class ClientsSection(_Section):
+    """What one client may have under way, over all its connections, and its share where clients compete.
+
+    On Unix sockets a client is a process of a user; over TCP every connection is one.
+
+    Attributes:
+        max_requests_in_flight: Unanswered requests of one client.
+        max_bytes_in_flight: Bytes of tensors in them.
+        weights: Shares by user name or number, beside the 1.0 of everybody else.
+    """
+
+    max_requests_in_flight: Annotated[int, Field(ge=1, le=1 << 24)] = 16384
+    max_bytes_in_flight: Annotated[int, Field(ge=4096)] = 1073741824
+    weights: dict[UserName, Annotated[float, Field(ge=0.001, le=1000)]] = {}
+
+
 class WorkersSection(_Section):
     """Worker processes.
 
@@ -180,6 +198,7 @@ class Config(_Section):
     listen: ListenSection = ListenSection()
     access: AccessSection = AccessSection()
     limits: LimitsSection = LimitsSection()
+    clients: ClientsSection = ClientsSection()
     workers: WorkersSection = WorkersSection()
     tuning: TuningSection = TuningSection()
     shutdown: ShutdownSection = ShutdownSection()

@@ -15,6 +15,7 @@ from typing import Any, Final
 from appliance.activity import Activity
 from appliance.call import FINISHED, NEW, Call, OutputTable, Plan
 from appliance.chooser import Chooser
+from appliance.clients import NOBODY, Client, Clients
 from appliance.config import Config
 from appliance.deadline import Deadlines
 from appliance.errands import Errands
@@ -31,6 +32,8 @@ from appliance.planner import check_contents, make_plan
 from appliance.plugins import BackendRecord
 from appliance.quantizer import Quantizer
 from appliance.registry import Registry
+from appliance.shares import Shares
+from appliance.single_flight import SingleFlight
 from appliance.text import TextEncoder, Tokens
 from appliance.tuner import Tuner
 from appliance.types import InferRequest, InferResult, ModelDescription, ModelState, ModelStatus, Tensor, Timings
@@ -49,6 +52,7 @@ class Engine:
 
     Attributes:
         accepting: False from the moment draining starts.
+        clients: Who is connected.
         hardware: The machine and the backends.
         registry: What was learned about it.
         chooser: Decides how models run.
@@ -61,10 +65,12 @@ class Engine:
         self.accepting = True
         self._config = config
         self._loop = asyncio.get_running_loop()
+        self.clients = Clients(config.clients, self._client_left)
         self._deadlines = Deadlines(self._loop, lambda call: call.plan.instance.expire(call))
         self._models: dict[str, Model] = {}
         self._repository = Path(config.repository.path).resolve()
         self._activity = Activity()
+        self._shares = Shares(self._loop)
         sections = config.backends.items()
         disabled = [name for name, section in sections if not section.enabled]
         pythons = {name: section.python for name, section in sections if section.python}
@@ -177,6 +183,7 @@ class Engine:
                 self._config.workers,
                 self._deadlines,
                 self._activity,
+                self._shares,
                 self._model_changed,
             )
             self._models[name] = model
@@ -236,6 +243,10 @@ class Engine:
                 await self.tuner.restore(model.name)
         except ApplianceError as error:
             _log.error("%s: %s", model.name, error)
+
+    def _client_left(self, client: Client) -> None:
+        for model in self._models.values():
+            model.forget(client)
 
     def _is_busy(self) -> bool:
         return any(model.is_busy for model in self._models.values())
@@ -394,21 +405,57 @@ class Engine:
         try:
             if not self.accepting:
                 raise ShuttingDown("cannot run the request: the daemon is stopping")
-            if not call.plan.is_text:
+            call.charge()
+            if instance.single_flight is not None:
+                self._submit_shared(name, call, instance.single_flight)
+            elif call.plan.is_text:
+                self._submit_text(name, call)
+            else:
                 instance.submit(call)
-                return
-            if not instance.accepts:
-                raise instance.refusal()
-            instance.check_room(call.nbytes)
-            # Taken now: a reload may bring another tokenizer while this one works.
-            model = self.model(name)
-            encoder = model.encoder
-            if encoder is None:
-                raise instance.refusal()
         except ApplianceError:
             call.let_go()
             raise
-        if call.deadline_ns:
+
+    def _submit_shared(self, name: str, call: Call, single_flight: SingleFlight) -> None:
+        """Queue a call of a model with a cache, unless an answer is known or on its way."""
+        instance = call.plan.instance
+        if not instance.accepts:
+            raise instance.refusal()
+        queued = single_flight.enter(call)
+        is_own = queued is call
+        if queued is not None:
+            try:
+                if queued.plan.is_text:
+                    self._submit_text(name, queued, is_watched=not is_own)
+                else:
+                    instance.submit(queued, was_held=not is_own)
+            except ApplianceError:
+                if is_own or single_flight.give_up(queued, call):
+                    raise
+        if call.deadline_ns and not is_own:
+            self._deadlines.add(call)
+
+    def _submit_text(self, name: str, call: Call, is_watched: bool = False) -> None:
+        """Have a call's texts tokenised, and queue it then.
+
+        Args:
+            name: The model.
+            call: The call.
+            is_watched: Somebody else watches its deadline.
+
+        Raises:
+            ApplianceError: It is not admitted.
+        """
+        instance = call.plan.instance
+        if not instance.accepts:
+            raise instance.refusal()
+        instance.check_room(call.nbytes)
+        # Taken now: a reload may bring another tokenizer while this one works.
+        model = self.model(name)
+        encoder = model.encoder
+        if encoder is None:
+            raise instance.refusal()
+        if call.deadline_ns and not is_watched:
             self._deadlines.add(call)
         instance.hold(call.nbytes)
         task = self._loop.create_task(self._tokenise(encoder, model.statistics, call))
@@ -461,8 +508,8 @@ class Engine:
         contents = [tensor.content for tensor in request.inputs]
         nbytes = check_contents(plan, [tensor.name for tensor in request.inputs], contents)
         waiter = _Waiter(self._loop.create_future())
-        call = Call(plan, contents, waiter)
-        call.limit(request.timeout_us, plan.instance.default_timeout_us)
+        call = Call(plan, contents, waiter, client=request.client or NOBODY)
+        call.ask(request.options, request.timeout_us)
         call.nbytes = nbytes
         self.submit(request.model, call)
         try:

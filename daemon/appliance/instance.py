@@ -1,21 +1,24 @@
-"""A loaded model: its queue, its worker, and the loop ``collect → run → scatter`` between them.
+"""A loaded model: who may call it, and the life of its worker. What it does with calls is `appliance.dispatcher`'s.
 
-Everything here runs on the event loop and belongs to one `Instance`; nothing needs a lock. When the worker dies, calls
-it had fail retryably, calls still queued wait for the restart, and new ones are refused until the model is ready again.
+When the worker dies, calls it had fail retryably, calls still queued wait for the restart, and new ones are refused
+until the model is ready again.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
 
 from appliance.activity import Activity
-from appliance.batcher import Batcher, EagerPolicy
-from appliance.call import FINISHED, NEW, QUEUED, RUNNING, Call, OutputTable, Sink
+from appliance.batcher import Batcher
+from appliance.cache import ResponseCache
+from appliance.call import FINISHED, NEW, QUEUED, RUNNING, Call
+from appliance.clients import Client
 from appliance.config import WorkersSection
+from appliance.cost_model import CostModel
 from appliance.crashes import CrashHistory
 from appliance.deadline import Deadlines
+from appliance.dispatcher import Dispatcher
 from appliance.errors import (
     ApplianceError,
     ArtifactCorrupt,
@@ -25,45 +28,25 @@ from appliance.errors import (
     ModelNotReady,
     WorkerLost,
 )
-from appliance.gather import Gatherer, Scatterer, read_row_errors
-from appliance.manifest import Manifest
+from appliance.manifest import Manifest, SequenceSection
 from appliance.metrics import ModelStatistics
 from appliance.placement import Placement
 from appliance.planner import Signature, check_text, signature_of
 from appliance.poison import Suspects
-from appliance.slab import ALIGNMENT, Slab, aligned
+from appliance.shares import Shares
+from appliance.single_flight import SingleFlight
+from appliance.steps import Steps
 from appliance.text import Tokens
 from appliance.text_plans import TextPlans
-from appliance.types import ITEM_BYTES, ModelState, TensorSpec, Timings
+from appliance.types import ModelState
 from appliance.wire import worker as frames
 from appliance.wire import worker_pb2
-from appliance.worker_link import LinkListener, Slot, WorkerLink
+from appliance.worker_link import LinkListener, WorkerLink
 
 _log = logging.getLogger("appliance.instance")
 
-#: Batches a worker holds: one running, one gathered behind it.
-_SLOTS: Final = 2
-#: Bounds of a slab. Pages are taken on first touch, so a large slab costs nothing until it is used.
-_MIN_SLAB_BYTES: Final = 1 << 20
-_MAX_SLAB_BYTES: Final = 1 << 26
-#: What a dynamic dimension counts for when slabs are sized.
-_GUESSED_DIMENSION: Final = 256
-_RUN: Final = int(frames.Kind.RUN)
-
-
 #: How an instance gets a link to a worker that it has still to start.
 LinkMaker = Callable[[asyncio.AbstractEventLoop, LinkListener, str], WorkerLink]
-
-
-def slab_bytes(specs: tuple[TensorSpec, ...], rows: int) -> int:
-    """Bytes for `rows` rows of every tensor, each aligned, within the slab bounds."""
-    total = 0
-    for spec in specs:
-        size = max(ITEM_BYTES[spec.datatype], 1)
-        for dimension in spec.shape[1:] if rows > 1 else spec.shape:
-            size *= _GUESSED_DIMENSION if dimension < 0 else dimension
-        total = aligned(total + size * rows)
-    return min(max(total, _MIN_SLAB_BYTES), _MAX_SLAB_BYTES)
 
 
 class Instance:
@@ -78,7 +61,10 @@ class Instance:
         restarts: Times the worker was started again.
         last_crash: How the worker ended when it crashed last; empty while it never has.
         load_ns: How long the last start took.
-        default_timeout_us: The manifest's deadline for requests; 0 for none.
+        policies: How calls of each level of priority queue, and under 0 those of requests that name none.
+        default_timeout_us: The manifest's deadline for requests that name no priority; 0 for none.
+        takes_sequences: True where the model keeps state between requests.
+        single_flight: Answers equal calls with one run, or from the cache; None for a model without a cache.
     """
 
     signature: Signature
@@ -94,6 +80,7 @@ class Instance:
         on_change: Callable[[], None],
         make_link: LinkMaker = WorkerLink,
         activity: Activity | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self._loop = loop
         self._make_link = make_link
@@ -103,23 +90,36 @@ class Instance:
         self._statistics = statistics
         self._deadlines = deadlines
         self._on_change = on_change
-        self._activity = activity or Activity()
-        self._batcher = Batcher(EagerPolicy(), manifest.batch.max_queue_size, manifest.batch.max_queue_bytes)
         self._link: WorkerLink | None = None
-        self._slots: list[Slot] = []
-        self._free: list[Slot] = []
-        self._batch_number = 0
-        self._spill_number = 0x80000000
-        self._pump_handle: asyncio.Handle | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._watch_due_ns = 0
         self._crashes = CrashHistory(settings)
         self._suspects = Suspects()
+        self.cost_model = CostModel()
+        self.cost_model.seed(placement.measurement)
+        self._batcher = Batcher(manifest.batch, self.cost_model)
+        self.single_flight = self._make_single_flight() if manifest.cache.max_bytes else None
+        self._steps = self._make_steps(manifest.sequence) if manifest.sequence is not None else None
+        self._shares = shares or Shares(loop)
+        self._dispatcher = Dispatcher(
+            loop,
+            manifest.name,
+            self._batcher,
+            statistics,
+            self._suspects,
+            activity or Activity(),
+            self._note_lost,
+            self._note_progress,
+            self.single_flight,
+            self._steps,
+        )
         self._restart: asyncio.Task[None] | None = None
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self._is_closing = False
-        self.default_timeout_us = manifest.batch.default_timeout_ms * 1000
+        self.policies = manifest.batch.policies()
+        self.default_timeout_us = self.policies[0].default_timeout_us
+        self.takes_sequences = manifest.sequence is not None
         self._held = 0
         self._held_bytes = 0
         self._text_plans = TextPlans(self)
@@ -130,6 +130,28 @@ class Instance:
         self.restarts = 0
         self.last_crash = ""
         self.load_ns = 0
+
+    def _make_single_flight(self) -> SingleFlight:
+        section = self._manifest.cache
+        return SingleFlight(
+            ResponseCache(section, self._statistics),
+            self._statistics,
+            section.max_request_bytes,
+            self._manifest.batch.max_queue_size,
+            lambda priority: self._batcher.level_of(priority).number,
+            self._give_up,
+            self._loop.call_soon,
+        )
+
+    def _make_steps(self, section: SequenceSection) -> Steps:
+        return Steps(
+            self._loop,
+            section,
+            self._batcher,
+            self._suspects,
+            lambda calls, error: self._dispatcher.fail(calls, error),
+            self._note_steps,
+        )
 
     # ---------------------------------------------------------------- life
 
@@ -150,12 +172,17 @@ class Instance:
     @property
     def queued(self) -> int:
         """Calls waiting."""
-        return self._batcher.queued
+        return self._batcher.queued + (self._steps.waiting if self._steps is not None else 0)
 
     @property
     def running(self) -> int:
         """Calls the worker has."""
-        return sum(len(slot.calls) for slot in self._slots)
+        return self._dispatcher.running
+
+    @property
+    def live_sequences(self) -> int:
+        """Sequences whose state the worker keeps."""
+        return self._steps.sequences.live if self._steps is not None else 0
 
     async def start(self) -> None:
         """Start the worker, load and warm up, and take calls.
@@ -164,7 +191,7 @@ class Instance:
             ApplianceError: The model cannot be loaded; nothing is left behind.
         """
         began = time.monotonic_ns()
-        link = self._make_link(self._loop, self, f"{self._manifest.name} ({self.placement.backend})")
+        link = self._make_link(self._loop, self._dispatcher, f"{self._manifest.name} ({self.placement.backend})")
         loaded = await link.start(self.placement.python, self.placement.load, self._settings.load_seconds)
         try:
             self._take_in(loaded, link)
@@ -177,7 +204,7 @@ class Instance:
         self.accepts = not self._is_closing
         self._set_state(ModelState.READY)
         self._arm_watchdog()
-        self._pump()
+        self._dispatcher.pump()
 
     def _note_fallback(self) -> None:
         """Never silently: count it and, unless the manifest allows it, say so in the log."""
@@ -204,21 +231,19 @@ class Instance:
             check_text(self._manifest.text, signature, self._manifest.name)
         self.signature = signature
         self.loaded = loaded
-        self._gatherer = Gatherer(bool(loaded.max_batch_size))
-        self._scatterer = Scatterer(signature.output_names, bool(loaded.max_batch_size))
-        self._rows = self._batch_rows = max(loaded.max_batch_size, 1)
-        self._padding = ALIGNMENT * len(signature.inputs)
-        worker_inputs = tuple(spec for index, spec in signature.inputs.values() if index >= 0)
-        sizes = slab_bytes(worker_inputs, self._rows), slab_bytes(signature.public_outputs(), self._rows)
-        for number in range(_SLOTS):
-            self._slots.append(link.make_slot(number, *sizes))
-        self._free = list(self._slots)
+        if self.single_flight is not None:
+            self.single_flight.cache.clear()  # the files may have changed, and with them the answers
+        dispatcher = self._dispatcher
+        share = self._shares.enter(self.placement.load.device, self._manifest.instances.weight, dispatcher.pump)
+        dispatcher.attach(link, share, signature, loaded)
         self._link = link
 
     async def drain(self, grace_seconds: float) -> None:
         """Take no new calls and wait for those admitted; after the grace the rest fails with `ModelNotReady`."""
         self.accepts = False
         self._is_closing = True
+        if self.single_flight is not None:
+            self.single_flight.cache.clear()  # nobody reads it any more
         try:
             async with asyncio.timeout(grace_seconds):
                 await self._wait_idle()
@@ -226,7 +251,7 @@ class Instance:
             _log.warning("%s: requests were still running after %g s", self._manifest.name, grace_seconds)
 
     async def _wait_idle(self) -> None:
-        while self._batcher.queued or self._held or any(slot.calls for slot in self._slots):
+        while self.queued or self._held or self._dispatcher.running:
             if self._link is None and self._restart is None:
                 return
             self._idle.clear()
@@ -243,8 +268,10 @@ class Instance:
         if self._watchdog is not None:
             self._watchdog.cancel()
         error = error or ModelNotReady(f"cannot run the request: model {self._manifest.name!r} is being unloaded")
-        self._fail_running(error)
-        self._fail_queued(error)
+        self._dispatcher.fail(self._dispatcher.take_running(), error)
+        if self._steps is not None:
+            self._steps.close(error)
+        self._dispatcher.fail_queued(error)
         link = self._link
         self._drop_worker()
         if link is not None:
@@ -293,34 +320,61 @@ class Instance:
                     self._deadlines.add(call)
             if self._suspects:
                 self._suspects.judge(call, call.admitted_ns)
-            self._batcher.admit(call)
+            if self._steps is not None and not self._steps.enter(call):
+                return
+            self._batcher.admit(call, call.admitted_ns)
         except ApplianceError as error:
             call.state = FINISHED
             call.let_go()
+            if self._steps is not None:
+                self._steps.skip([call])
             self._statistics.refuse(error.kind)
             raise
-        if self._pump_handle is None and self._free:
-            self._pump_handle = self._loop.call_soon(self._pump)
+        self._dispatcher.wake()
+
+    def _give_up(self, place: Call) -> None:
+        """Take a call out of the queue, or from the worker, that nobody waits for."""
+        if place.state is QUEUED:
+            self._batcher.withdraw(place)
+            return
+        if place.state is NEW:
+            place.let_go()
+        place.state = FINISHED
 
     def cancel(self, call: Call, error: ApplianceError | None = None) -> None:
         """Withdraw a call: one that waits never runs, of one that runs the answer is dropped.
 
         The sink hears of it only where `error` is given.
         """
+        is_running = call.state is RUNNING
         if call.state is QUEUED:
             self._batcher.withdraw(call)
-        elif call.state is RUNNING:
+        elif is_running:
             call.state = FINISHED
         elif call.state is NEW:
             call.state = FINISHED
             call.let_go()
+            if self.single_flight is not None:
+                self.single_flight.leave(call)
         else:
             return
+        if self._steps is not None and not is_running:
+            self._steps.skip([call])
         self._statistics.cancelled += 1
         if error is not None:
             call.sink.fail(call, error)
             call.sink.flush()
         self._note_progress()
+
+    def forget(self, client: Client) -> None:
+        """A client is gone, and its sequences with it."""
+        if self._steps is not None:
+            self._steps.forget(client)
+
+    def inherit(self, replaced: "Instance") -> None:
+        """Take the place of an instance: who goes on with a sequence of that one is told to start it again."""
+        if self._steps is not None and replaced._steps is not None:
+            self._steps.sequences.inherit(replaced._steps.sequences, "the model was loaded anew")
 
     def hold(self, nbytes: int) -> None:
         """A call of `nbytes` is on its way (its text is being tokenised): it counts as queued, and draining waits."""
@@ -343,218 +397,15 @@ class Instance:
             raise BackendError("cannot run the request: the model takes no text")
         self._text_plans.give(call, place, tokens, self._manifest.text)
 
-    # ---------------------------------------------------------------- collect, run, scatter
-
-    def _pump(self) -> None:
-        self._pump_handle = None
-        while self._free and self._link is not None and not self._link.is_lost:
-            if self._suspects and self._must_wait():
-                break
-            slot = self._free[-1]
-            calls = self._batcher.collect(self._batch_rows, slot.input.size - self._padding, _SLOTS - len(self._free))
-            if not calls:
-                break
-            self._free.pop()
-            self._run(slot, calls)
-
-    def _must_wait(self) -> bool:
-        """True while a suspect has the worker to itself, or heads the queue: a crash shall have one author."""
-        running = [call for slot in self._slots for call in slot.calls]
-        if not running:
-            return False
-        first = self._batcher.peek()
-        return any(call.is_alone for call in running) or (first is not None and first.is_alone)
-
-    def _run(self, slot: Slot, calls: list[Call]) -> None:
-        link = self._link
-        if link is None:
-            return
-        began = time.monotonic_ns()
-        self._activity.note(began)
-        for call in calls:
-            call.queue_ns = began - call.admitted_ns
-        try:
-            memory, region = self._room_for(slot, calls, link)
-            gathered = self._gatherer.gather(calls, memory, region)
-        except Exception as error:
-            if not isinstance(error, ApplianceError):  # one that is: no memory for a batch that outgrew its slab
-                _log.exception("%s: gathering a batch failed", self._manifest.name)
-                error = BackendError("cannot run the request: gathering its batch failed")
-            self._drop_spill(slot)
-            self._free.append(slot)
-            self._fail(calls, error)
-            self._note_progress()
-            return
-        self._batch_number += 1
-        slot.calls = calls
-        slot.batch = self._batch_number
-        slot.started_ns = time.monotonic_ns()
-        slot.copy_ns = slot.started_ns - began
-        link.send(
-            frames.RUN_HEADER.pack(_RUN, slot.number, gathered.tensors, gathered.rows, slot.batch, gathered.wanted)
-            + gathered.layout
-        )
-
-    def _room_for(self, slot: Slot, calls: list[Call], link: WorkerLink) -> tuple[memoryview, int]:
-        """Where to gather: the slot's slab, or a slab of its own for a call too large for it; maps client regions."""
-        call = calls[0]
-        if len(calls) > 1:
-            return slot.input.memory, 0
-        outside = 0
-        for view, tensor in zip(call.region_views, call.plan.tensors, strict=False):
-            if view is not None and view.is_in_place:
-                link.map_region(view.region.number, view.region.slab)
-                view.region.watch(link.unmap_region)
-                outside += max(tensor.byte_length, 0)
-        needed = call.nbytes - outside + 64 * len(call.plan.tensors)
-        if needed <= slot.input.size:
-            return slot.input.memory, 0
-        self._spill_number = 0x80000000 | ((self._spill_number + 1) & 0x3FFFFFFF)
-        slot.spill = Slab.create(needed, "appliance-spill")
-        slot.spill_region = self._spill_number
-        link.map_region(slot.spill_region, slot.spill)
-        return slot.spill.memory, slot.spill_region
-
-    def on_done(self, packet: memoryview, attached: Slab | None) -> None:
-        """Scatter a batch's answers (called by the link)."""
-        try:
-            self._take_answers(packet, attached)
-        finally:
-            if attached is not None:
-                attached.close()
-
-    def _take_answers(self, packet: memoryview, attached: Slab | None) -> None:
-        _, number, count, row_errors, batch, decode, copy_in, compute, postprocess, copy_out = (
-            frames.DONE_HEADER.unpack_from(packet)
-        )
-        slot = self._slots[number] if number < len(self._slots) else None
-        if slot is None or slot.batch != batch or not slot.calls:
-            self._break_contract("answered a batch it was not given")
-            return
-        try:
-            table, end = self._scatterer.table(packet, count)
-            failed_rows = read_row_errors(packet, end, row_errors) if row_errors else {}
-        except ValueError:
-            self._break_contract("sent a packet that breaks the format")
-            return
-        memory = attached.memory if attached is not None else slot.output.memory
-        timings = Timings(decode, 0, 0, slot.copy_ns + copy_in + copy_out, compute, postprocess)
-        rows = self._scatter(slot.calls, table, memory, timings, failed_rows)
-        self._statistics.ran(rows, timings, time.time_ns() // 1_000_000)  # shown to people as a date
-        self._release(slot)
-
-    def _scatter(
-        self, calls: list[Call], table: OutputTable, memory: memoryview, timings: Timings, failed_rows: dict[int, str]
-    ) -> int:
-        """Give every call its rows, or its row's error; returns the rows of the batch."""
-        rows = sum([call.plan.rows for call in calls])
-        timings.batch_rows = rows
-        now = time.monotonic_ns()
-        statistics = self._statistics
-        sinks: list[Sink] = []
-        row = 0
-        for call in calls:
-            taken = call.plan.rows
-            if call.state is RUNNING:
-                call.state = FINISHED
-                problem = (
-                    next((failed_rows[r] for r in range(row, row + taken) if r in failed_rows), "")
-                    if failed_rows
-                    else ""
-                )
-                if problem:
-                    call.sink.fail(call, InvalidRequest(problem))
-                    statistics.fail.add(now - call.admitted_ns)
-                else:
-                    call.sink.deliver(call, table, memory, row, timings)
-                    statistics.success.add(now - call.admitted_ns)
-                    statistics.queue.add(call.queue_ns)
-                if call.is_alone and self._suspects:
-                    self._suspects.absolve(call)
-                sinks.append(call.sink)
-            row += taken
-            call.let_go()
-        for sink in sinks if len(sinks) < 2 else dict.fromkeys(sinks):
-            sink.flush()
-        return rows
-
-    def on_fault(self, slot_number: int, batch: int, message: str, is_out_of_memory: bool = False) -> None:
-        """A batch failed as a whole: its calls run once more, each alone, so that a bad one fails by itself.
-
-        Where memory ran out they run in halves, and later batches are no larger; a call that is too large by itself
-        says nothing about batches, so the bound is lifted again.
-        """
-        slot = self._slots[slot_number] if slot_number < len(self._slots) else None
-        if slot is None or slot.batch != batch or not slot.calls:
-            self._break_contract("failed a batch it was not given")
-            return
-        calls = slot.calls
-        waiting = [call for call in calls if call.state is RUNNING]
-        if len(calls) > 1:
-            if is_out_of_memory:
-                self._bound_rows(sum(call.plan.rows for call in calls) // 2)
-            else:
-                for call in waiting:
-                    call.is_alone = True
-            self._batcher.readmit(waiting)
-        else:
-            if is_out_of_memory:
-                self._batch_rows = self._rows
-            self._fail(waiting, BackendError(f"cannot run the request: {message}"))
-        for call in calls:
-            if call.state is FINISHED:
-                call.let_go()
-        self._release(slot)
-
-    def _bound_rows(self, rows: int) -> None:
-        if rows < self._batch_rows:
-            self._batch_rows = max(rows, 1)
-            _log.warning("%s: memory ran out; batches have %d rows at most now", self._manifest.name, self._batch_rows)
-
-    def _release(self, slot: Slot) -> None:
-        slot.calls = []
-        self._drop_spill(slot)
-        self._free.append(slot)
-        if self._batcher.queued:
-            self._pump()
+    def _note_steps(self) -> None:
+        self._dispatcher.wake()
         self._note_progress()
-
-    def _drop_spill(self, slot: Slot) -> None:
-        if slot.spill is not None:
-            if self._link is not None:
-                self._link.unmap_region(slot.spill_region)
-            slot.spill.close()
-            slot.spill = None
 
     def _note_progress(self) -> None:
         if not self._idle.is_set():
             self._idle.set()
 
-    def _fail(self, calls: list[Call], error: ApplianceError) -> None:
-        now = time.monotonic_ns()
-        for call in calls:
-            if call.state is not FINISHED:
-                call.state = FINISHED
-                self._statistics.fail.add(now - call.admitted_ns)
-                call.sink.fail(call, error)
-                call.sink.flush()
-            call.let_go()
-
-    def _fail_running(self, error: ApplianceError) -> None:
-        for slot in self._slots:
-            calls, slot.calls = slot.calls, []
-            self._fail(calls, error)
-
-    def _fail_queued(self, error: ApplianceError) -> None:
-        self._fail(self._batcher.drain(), error)
-        self._note_progress()
-
     # ---------------------------------------------------------------- crashes, hangs, restarts
-
-    def _break_contract(self, what: str) -> None:
-        _log.error("%s: the worker %s and is replaced", self._manifest.name, what)
-        if self._link is not None:
-            self._link.kill()
 
     def _arm_watchdog(self) -> None:
         if self._watchdog is not None:
@@ -571,37 +422,40 @@ class Instance:
         now = time.monotonic_ns()
         heartbeat_ns = self._settings.heartbeat_seconds * 1e9
         limit_ns = self._manifest.batch.max_batch_seconds * 1e9
-        oldest = min((slot.started_ns for slot in self._slots if slot.calls), default=0)
+        oldest = self._dispatcher.oldest_ns
         silent_ns = now - link.last_heard_ns
+        waited_ns = now - oldest if oldest else silent_ns
         if oldest:
-            overdue = min(now - oldest, silent_ns) > limit_ns
+            # Behind others a batch waits for one of them to end, and others' answers must not hide that one hangs.
+            overdue = min(waited_ns, silent_ns) > limit_ns or waited_ns > 2 * limit_ns
         else:
             overdue = silent_ns > 2 * heartbeat_ns
             if silent_ns > heartbeat_ns:
                 link.send(bytes((frames.Kind.PING,)))
         # Where this comes late, it was the daemon that stood still, and the worker's answer may lie unread.
         if overdue and now - self._watch_due_ns < min(heartbeat_ns, limit_ns) / 2:
-            _log.error("%s: the worker has not answered for %.1f s and is killed", self._manifest.name, silent_ns / 1e9)
+            _log.error("%s: the worker has not answered for %.1f s and is killed", self._manifest.name, waited_ns / 1e9)
             link.kill()
         self._arm_watchdog()
 
-    def on_lost(self, reason: str) -> None:
+    def _note_lost(self, reason: str) -> None:
         """The worker died: fail what it had, restart or quarantine (called by the link)."""
         _log.error("%s: the worker %s", self._manifest.name, reason)
         self.last_crash = reason
         self.accepts = False
         now = time.monotonic_ns()
-        running = [call for slot in self._slots for call in slot.calls]
+        running = self._dispatcher.take_running()
         for call in running:
             self._suspects.blame(call, len(running) == 1, now)
         self._crashes.note(now)
         self._set_state(ModelState.RESTARTING, f"restarting: its worker {reason}")
-        self._fail_running(
-            WorkerLost(f"cannot finish the request: the worker of model {self._manifest.name!r} {reason}")
-        )
+        lost = WorkerLost(f"cannot finish the request: the worker of model {self._manifest.name!r} {reason}")
+        self._dispatcher.fail(running, lost)
         self._drop_worker()
         self._judge_queued(now)
-        if not self._is_closing or self._batcher.queued or self._held:
+        if self._steps is not None:
+            self._steps.lose()
+        if not self._is_closing or self.queued or self._held:
             self._restart = self._loop.create_task(self._restart_worker())
 
     def _judge_queued(self, now_ns: int) -> None:
@@ -618,15 +472,13 @@ class Instance:
                 condemned.append((call, error))
         self._batcher.readmit(waiting)
         for call, reason in condemned:
-            self._fail([call], reason)
+            self._dispatcher.fail([call], reason)
+        if self._steps is not None:
+            self._steps.skip([call for call, _ in condemned])
 
     def _drop_worker(self) -> None:
-        for slot in self._slots:
-            slot.close()
-        self._slots = []
-        self._free = []
+        self._dispatcher.detach()
         self._link = None
-        self._note_progress()
 
     async def _restart_worker(self) -> None:
         """Start a worker again, at once after a first crash, with back-off after more; quarantine after too many."""
@@ -637,7 +489,9 @@ class Instance:
                     f"quarantined for {quarantine:g} s: its worker crashed {len(self._crashes)} times within a minute"
                 )
                 self._set_state(ModelState.QUARANTINED, reason)
-                self._fail_queued(self.refusal())
+                if self._steps is not None:
+                    self._steps.fail_all(self.refusal())
+                self._dispatcher.fail_queued(self.refusal())
                 await asyncio.sleep(quarantine)
                 self._crashes.release(time.monotonic_ns())
             else:
@@ -655,5 +509,16 @@ class Instance:
             return
 
     def expire(self, call: Call) -> None:
-        """Answer a call whose deadline passed (called by `Deadlines`)."""
+        """Answer a call whose deadline passed (called by `Deadlines`), unless its priority's deadlines do not bind."""
+        if call.state in (QUEUED, RUNNING) and not call.level.rejects_late:
+            if call.state is QUEUED:
+                self._batcher.delay(call, time.monotonic_ns())
+            return
+        if self.single_flight is not None and not self._batcher.level_of(call.priority).rejects_late:
+            for place in self.single_flight.forgive(call):
+                self._batcher.delay(place, time.monotonic_ns())
+            return
+        if self._steps is not None and call.state is NEW and not self._batcher.level_of(call.priority).rejects_late:
+            call.deadline_ns = 0
+            return
         self.cancel(call, DeadlineExceeded("cannot answer in time: the deadline has passed"))

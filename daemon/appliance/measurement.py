@@ -4,13 +4,16 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
-from appliance.backend import Variant
+from appliance.backend import SPLIT, Variant
 
 #: A point with fewer runs than this says nothing.
 MIN_SAMPLES: Final = 5
+
+#: Options that name a place and change nothing else.
+_PLACES: Final = frozenset({"cache_dir"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +40,16 @@ class VariantKey:
     options: str
 
     @property
+    def computation(self) -> "VariantKey":
+        """The same without `SPLIT`: what accuracy depends on."""
+        options = json.loads(self.options)
+        return replace(self, options=canonical_options({k: v for k, v in options.items() if k not in SPLIT}))
+
+    @property
     def id(self) -> str:
         """16 hex digits that stand for the key."""
         text = "\0".join(getattr(self, each.name) for each in fields(self))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-#: Options that name a place and change nothing else.
-_PLACES: Final = frozenset({"cache_dir"})
 
 
 def canonical_options(options: Mapping[str, str]) -> str:
@@ -75,11 +80,13 @@ class Point:
 
     Attributes:
         rows: Rows of the batch; 0 for a model without batch dimension.
-        median_us: Median time of one run.
+        median_us: Median time of one run while all streams of the session run such batches.
         spread_us: 1.4826 times the median absolute deviation, which equals the standard deviation of normal noise.
         samples: Runs timed.
         is_disturbed: True where other programs kept the cores busy in every attempt.
         energy_mj: Millijoules of one run, where the device has a counter.
+        alone_us: Median time of one run while nothing else runs; of the smallest batch alone, and only where the
+            session has several streams. With one it is `median_us`.
     """
 
     rows: int
@@ -88,6 +95,7 @@ class Point:
     samples: int
     is_disturbed: bool = False
     energy_mj: float | None = None
+    alone_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +110,11 @@ class Measurement:
         device: Device that executed, as the session reported it.
         provider: The runtime's own name of the executor.
         tokens: Length that dynamic dimensions had, such as tokens of a text; 0 where there are none.
+        units: Elements of a row's dynamic dimensions, those of the largest input; 0 where there are none, or where it
+            was measured before this was kept.
         measured_at: ISO 8601 in UTC, for people.
         problem: Why there are no points: the variant cannot be loaded or run. Empty where it can.
+        streams: Runs that went on at the same time.
     """
 
     key: VariantKey
@@ -115,6 +126,13 @@ class Measurement:
     tokens: int = 0
     measured_at: str = ""
     problem: str = ""
+    streams: int = 1
+    units: int = 0
+
+    @property
+    def row_units(self) -> int:
+        """Elements of a row's dynamic dimensions as the batcher counts them; 1 where there are none."""
+        return max(self.units, self.tokens, 1)
 
     @property
     def is_disturbed(self) -> bool:
@@ -123,13 +141,14 @@ class Measurement:
 
     @property
     def latency_us(self) -> float:
-        """Median time of the smallest batch."""
-        return self.points[0].median_us
+        """Median time of the smallest batch while nothing else runs."""
+        smallest = self.points[0]
+        return smallest.median_us if smallest.alone_us is None else smallest.alone_us
 
     @property
     def rows_per_second(self) -> float:
-        """Throughput at the batch size where it is highest."""
-        return max(max(point.rows, 1) * 1e6 / point.median_us for point in self.points)
+        """Throughput of all streams together, at the batch size where it is highest."""
+        return max(self.streams * max(point.rows, 1) * 1e6 / point.median_us for point in self.points)
 
     @property
     def best_rows(self) -> int:
@@ -144,7 +163,7 @@ class Measurement:
 
     @property
     def line(self) -> tuple[float, float]:
-        """Slope and intercept in µs of latency by rows: a batch of n takes about slope times n + intercept."""
+        """Slope and intercept in µs: while all streams run, a batch of n rows takes about slope times n + intercept."""
         return fit_line([(point.rows, point.median_us) for point in self.points])
 
     def as_json(self) -> dict[str, Any]:

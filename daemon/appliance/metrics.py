@@ -32,7 +32,7 @@ class ModelStatistics:
     """Counters of one model version since the daemon started.
 
     Attributes:
-        inference_count: Rows answered.
+        inference_count: Rows run; those answered from the cache are not among them, as with Triton.
         execution_count: Batches run.
         last_inference_ms: Wall-clock milliseconds since 1970 of the last answer; shown, never computed with.
         success: Requests answered, with their time from admission to answer.
@@ -47,6 +47,10 @@ class ModelStatistics:
         cancelled: Requests withdrawn or expired before they ran.
         refused: Requests not admitted, by error kind.
         fallbacks: Loads that ended on another device than the first choice.
+        cache_hit: Requests answered from the cache, with the time of looking them up.
+        cache_miss: Requests looked up in vain that ran, likewise.
+        cache_joined: Requests that waited for an equal one in flight and got its answer, or its error.
+        cache_evictions: Answers dropped from the cache for their age, or for room.
         batches: Durations by number of rows.
     """
 
@@ -65,6 +69,10 @@ class ModelStatistics:
     cancelled: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     fallbacks: int = 0
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)
+    cache_joined: int = 0
+    cache_evictions: int = 0
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
 
     def refuse(self, kind: str) -> None:

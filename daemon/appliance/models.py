@@ -17,6 +17,7 @@ from appliance import heap
 from appliance.activity import Activity
 from appliance.artifacts import resolve_inside, verify_digest
 from appliance.chooser import Chooser
+from appliance.clients import Client
 from appliance.config import WorkersSection
 from appliance.deadline import Deadlines
 from appliance.errors import (
@@ -32,8 +33,10 @@ from appliance.errors import (
 )
 from appliance.instance import Instance
 from appliance.manifest import Manifest, read_manifest
+from appliance.measurement import Measurement
 from appliance.metrics import ModelStatistics
 from appliance.placement import ChosenBy, Placement
+from appliance.shares import Shares
 from appliance.text import TextEncoder
 from appliance.types import ModelDescription, ModelState, ModelStatus
 
@@ -109,11 +112,13 @@ class Model:
         settings: WorkersSection,
         deadlines: Deadlines,
         activity: Activity,
+        shares: Shares,
         on_change: Callable[[str], None],
     ) -> None:
         self.name = name
         self._chooser = chooser
         self._activity = activity
+        self._shares = shares
         self.directory = directory
         self.statistics = ModelStatistics()
         self.encoder: TextEncoder | None = None
@@ -168,10 +173,11 @@ class Model:
         """True where it failed since the device it must run on is gone."""
         return isinstance(self._failure, DeviceLost)
 
-    def note_choice(self, by: ChosenBy) -> None:
+    def note_choice(self, by: ChosenBy, measurement: Measurement | None) -> None:
         """What serves is now somebody's choice: by measuring, or by hand."""
         if self._instance is not None:
-            self._instance.placement = replace(self._instance.placement, chosen_by=by)
+            self._instance.placement = replace(self._instance.placement, chosen_by=by, measurement=measurement)
+            self._instance.cost_model.seed(measurement)
 
     @property
     def is_displaced(self) -> bool:
@@ -182,6 +188,11 @@ class Model:
     def is_busy(self) -> bool:
         """True while requests wait or run."""
         return self._instance is not None and bool(self._instance.queued or self._instance.running)
+
+    def forget(self, client: Client) -> None:
+        """A client is gone."""
+        if self._instance is not None:
+            self._instance.forget(client)
 
     def serving(self, version: str = "") -> Instance:
         """The instance that answers requests.
@@ -240,6 +251,9 @@ class Model:
             load_ms=instance.load_ns / 1e6,
             queued=instance.queued,
             running=instance.running,
+            streams=max(loaded.streams, 1),
+            cache=instance.single_flight.status() if instance.single_flight is not None else None,
+            costs=instance.cost_model.describe(max(loaded.max_batch_size, 1)),
         )
 
     def describe(self, version: str = "") -> ModelDescription:
@@ -265,6 +279,7 @@ class Model:
             outputs=signature.public_outputs(),
             max_batch_size=signature.max_batch_size,
             status=self.status(),
+            manifest=self._prepared.manifest,
         )
 
     @property
@@ -341,6 +356,7 @@ class Model:
         replaced, self._instance = self._instance, instance
         self._prepared, self.encoder, self._failure = prepared, prepared.encoder, None
         if replaced is not None:
+            instance.inherit(replaced)
             self._retire(replaced)
         heap.trim()  # reading a tokenizer frees megabytes
 
@@ -384,6 +400,7 @@ class Model:
             self._deadlines,
             lambda: self._on_change(self.name),
             activity=self._activity,
+            shares=self._shares,
         )
 
     async def move(self, placement: Placement) -> None:
@@ -391,7 +408,8 @@ class Model:
 
         Raises:
             ModelNotReady: The model is not loaded.
-            Conflict: Its files changed since it was loaded, so the variant may be one of another model.
+            Conflict: Its files changed since it was loaded, so the variant may be one of another model; or sequences
+                live, whose state a change that nobody asked for must not cost.
             ApplianceError: The variant cannot be loaded; what served before still serves.
         """
         while self._change is not None:
@@ -414,11 +432,28 @@ class Model:
         )
         if fingerprint != prepared.fingerprint:
             raise Conflict(f"cannot change how model {self.name!r} runs: its files changed; load it again first")
+        self._spare_sequences(placement)
         instance = self._new_instance(prepared.manifest, placement)
         await instance.start()
+        try:
+            self._spare_sequences(placement)
+        except Conflict:
+            await instance.close()
+            raise
         replaced, self._instance = self._instance, instance
         if replaced is not None:
+            instance.inherit(replaced)
             self._retire(replaced)
+
+    def _spare_sequences(self, placement: Placement) -> None:
+        """Refuse a change that is not an administrator's wish while sequences live.
+
+        Raises:
+            Conflict: Some do.
+        """
+        live = self._instance.live_sequences if self._instance is not None else 0
+        if live and placement.chosen_by is ChosenBy.MEASURED:
+            raise Conflict(f"cannot change how model {self.name!r} runs: the state of {live} sequences would be lost")
 
     async def displace(self, lost: str, reason: str) -> None:
         """Leave a device that is gone: run elsewhere as far as the manifest's fallback allows, else fail.

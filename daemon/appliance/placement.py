@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from appliance.measurement import Measurement
 from appliance.wire import worker_pb2
 
 
@@ -25,6 +26,7 @@ class Placement:
         variant: The candidate's name, such as ``"openvino/cpu/BF16"``.
         chosen_by: What the choice rests on.
         fallback: Why it is not the first choice, where that was on another device; empty where it is.
+        measurement: What measuring found out about it, or None.
     """
 
     backend: str
@@ -33,3 +35,4 @@ class Placement:
     variant: str = ""
     chosen_by: ChosenBy = ChosenBy.RULE
     fallback: str = ""
+    measurement: Measurement | None = None

@@ -65,7 +65,14 @@ def _spec(message: worker_pb2.TensorSpec) -> TensorSpec:
 
 
 def signature_of(loaded: worker_pb2.Loaded, manifest: Manifest) -> Signature:
-    """The signature of a session a worker has loaded."""
+    """The signature of a session a worker has loaded.
+
+    What the daemon keeps of sequences is not in it; the output that a state is taken from is where the manifest lists
+    it.
+
+    Raises:
+        InvalidManifest: Nothing is left that clients could get.
+    """
     own = [_spec(message) for message in loaded.inputs]
     table = [*own, *(_spec(message) for message in loaded.edge_inputs)]
     inputs = {spec.name: (index, spec) for index, spec in enumerate(table)}
@@ -79,14 +86,25 @@ def signature_of(loaded: worker_pb2.Loaded, manifest: Manifest) -> Signature:
         inputs[text] = (TEXT_INDEX, TensorSpec(text, "BYTES", (*leading, 1)))
         made[text] = frozenset(name for name in (manifest.text.ids, manifest.text.mask) if name)
     offered = [_spec(message) for message in (*loaded.outputs, *loaded.edge_outputs)]
+    outputs = {spec.name: (index, spec) for index, spec in enumerate(offered)}
+    kept: frozenset[str] = frozenset()
+    if manifest.sequence is not None:
+        kept = manifest.sequence.inputs
+        for name in manifest.sequence.outputs - {entry.name for entry in manifest.outputs}:
+            outputs.pop(name, None)
+        if not outputs:
+            raise InvalidManifest(
+                f"cannot serve model {manifest.name!r}: all its outputs are states, of which clients get those that "
+                "[[outputs]] lists"
+            )
     return Signature(
-        inputs=inputs,
-        outputs={spec.name: (index, spec) for index, spec in enumerate(offered)},
+        inputs={name: entry for name, entry in inputs.items() if name not in kept},
+        outputs=outputs,
         output_names=tuple(spec.name for spec in offered),
         made=made,
         text=text,
         max_batch_size=loaded.max_batch_size,
-        required=frozenset(spec.name for spec in own),
+        required=frozenset(spec.name for spec in own) - kept,
     )
 
 
@@ -126,6 +144,7 @@ def make_plan(
     seen: set[str] = set()
     planned = []
     rows = 1 if signature.max_batch_size == 0 else 0
+    units = 1
     for name, datatype, shape in inputs:
         if name in seen:
             raise InvalidRequest(f"cannot take input {_shown(name)}: it is given twice")
@@ -144,6 +163,7 @@ def make_plan(
         elements = _check_shape(name, shape, spec.shape)
         if signature.max_batch_size:
             rows = _check_rows(name, shape[0], rows, signature.max_batch_size)
+        units = max(units, _units(shape, spec.shape, bool(signature.max_batch_size)))
         item = ITEM_BYTES[datatype]
         if not item and elements > MAX_BYTES_ELEMENTS:
             raise InvalidRequest(
@@ -167,6 +187,8 @@ def make_plan(
         byte_length=sum(tensor.byte_length for tensor in planned if tensor.byte_length > 0),
         has_bytes=any(tensor.byte_length < 0 for tensor in planned),
         is_text=signature.text in seen,
+        units=units,
+        cost=rows * units,
     )
 
 
@@ -211,6 +233,15 @@ def _check_shape(name: str, shape: tuple[int, ...], allowed: tuple[int, ...]) ->
     return elements
 
 
+def _units(shape: tuple[int, ...], allowed: tuple[int, ...], is_batched: bool) -> int:
+    """Elements of the dimensions that `allowed` leaves open, the batch dimension aside."""
+    units = 1
+    for dimension, expected in zip(shape[is_batched:], allowed[is_batched:], strict=True):
+        if expected < 0:
+            units *= dimension
+    return max(units, 1)
+
+
 def _check_rows(name: str, rows: int, others: int, limit: int) -> int:
     if rows < 1 or rows > limit:
         raise InvalidRequest(f"cannot take input {name!r}: its batch dimension is {rows} and must be 1 to {limit}")
@@ -239,16 +270,16 @@ def _check_complete(signature: Signature, given: set[str]) -> None:
 
 def _wanted(signature: Signature, outputs: Sequence[str]) -> list[int]:
     if not outputs:
-        return list(range(len(signature.output_names)))
-    if len(outputs) > len(signature.output_names):
+        return [index for index, _ in signature.outputs.values()]
+    if len(outputs) > len(signature.outputs):
         raise InvalidRequest(
-            f"cannot give {len(outputs)} outputs: the model has {len(signature.output_names)}, each given at most once"
+            f"cannot give {len(outputs)} outputs: the model has {len(signature.outputs)}, each given at most once"
         )
     indices = []
     for name in outputs:
         entry = signature.outputs.get(name)
         if entry is None:
-            known = ", ".join(repr(known) for known in signature.output_names)
+            known = ", ".join(repr(known) for known in signature.outputs)
             raise InvalidRequest(f"cannot give output {_shown(name)}: the model gives {known}")
         if entry[0] in indices:
             raise InvalidRequest(f"cannot give output {name!r}: it is asked for more than once")

@@ -25,6 +25,7 @@ from appliance.errors import (
     Conflict,
     DeviceLost,
     InvalidRequest,
+    ModelNotReady,
     NoPlacement,
     WorkerLost,
 )
@@ -35,6 +36,7 @@ from appliance.models import Model
 from appliance.placement import ChosenBy
 from appliance.quality import Comparison, Evidence
 from appliance.registry import StoredPlacement, WantedJob
+from appliance.split import refusal, threads_for
 
 _log = logging.getLogger("appliance.tuner")
 
@@ -156,8 +158,8 @@ class Tuner:
             forget()
         return job
 
-    async def options(self, name: str) -> Options:
-        """What a model can be run as, loaded or not, with keys.
+    async def options(self, name: str, asked_for: str | None = None) -> Options:
+        """What a model can be run as, loaded or not, with keys; `asked_for` as in `Chooser.options`.
 
         Raises:
             ApplianceError: Its directory cannot be used, or nothing can run it.
@@ -165,7 +167,7 @@ class Tuner:
         model = self._model(name)
         manifest = await asyncio.to_thread(read_manifest, model.directory)
         version = model.version if model.variant else manifest.versions[-1]
-        return await self._chooser.options(manifest, model.directory, version)
+        return await self._chooser.options(manifest, model.directory, version, asked_for=asked_for)
 
     def missing(self, options: Options) -> list[Candidate]:
         """Candidates without a measurement that can be relied on."""
@@ -189,7 +191,7 @@ class Tuner:
             one
             for one in options.candidates.found
             if not one.is_exact
-            and one.name != options.candidates.reference.name
+            and one.computation != options.candidates.reference.computation
             and (found := self._chooser.measurement(options, one)) is not None
             and found.points
             and self._chooser.evidence(options, one) is None
@@ -202,7 +204,7 @@ class Tuner:
             InvalidRequest: The model has no candidate of that name.
             ApplianceError: It cannot be loaded; nothing is pinned then.
         """
-        options = await self.options(name)
+        options = await self.options(name, variant)
         chosen = options.candidates.named(variant)
         if chosen is None:
             names = ", ".join(one.name for one in options.candidates.found)
@@ -216,13 +218,39 @@ class Tuner:
             )
         await self._registry.add_event("pin", name, f"{chosen.name} was pinned")
 
+    async def split(self, name: str, streams: int | None, threads: int | None) -> None:
+        """Have what serves run that many batches at the same time, of that many cores each, until it is unpinned.
+
+        Where one of both is None it is such that all cores are used. What serves now goes on until the other is loaded.
+
+        Raises:
+            ModelNotReady: Nothing serves.
+            InvalidRequest: The manifest says otherwise, or the device has no threads to count.
+            ApplianceError: It cannot be loaded; nothing is changed then.
+        """
+        options = await self.options(name)
+        model = self._model(name)
+        serving = options.candidates.named(model.variant)
+        if serving is None:
+            raise ModelNotReady(f"cannot change the streams of model {name!r}: it is {model.state.value}")
+        device = serving.device
+        if threads is not None and device.kind != "cpu":
+            raise InvalidRequest(f"cannot change the threads of model {name!r}: it runs on {device.id}, which has none")
+        if streams is None:
+            streams = max(device.cores // threads, 1) if threads else serving.streams
+        wished = serving.split(streams, threads_for(streams, device) if threads is None else threads)
+        reason = refusal(wished.variant, device, options.manifest)
+        if reason:
+            raise InvalidRequest(f"cannot run model {name!r} as {wished.name}: {reason}")
+        await self.pin(name, wished.name)
+
     async def unpin(self, name: str) -> None:
         """Leave the choice to the measurements, or the rule, again; swaps in what they say.
 
         Raises:
             ApplianceError: That cannot be loaded; what was pinned stays so.
         """
-        options = await self.options(name)
+        options = await self.options(name, "")
         async with self._lock(name):
             stored = self._registry.placement(name, options.version)
             if stored is None or not stored.is_pinned:
@@ -301,12 +329,9 @@ class Tuner:
 
     async def _prove(self, job: Job, options: Options, tally: Tally, *, is_fresh: bool, is_asked: bool) -> None:
         """Check the accuracy of what decides the choice, then of every other candidate of lower precision."""
-        known = (one for one in options.candidates.found if self._chooser.evidence(options, one) is not None)
-        again = {
-            one.name
-            for one in known
-            if is_fresh or (is_asked and (proof := self._chooser.evidence(options, one)) is not None and proof.problem)
-        }
+        firsts = {one.computation: one for one in reversed(options.candidates.found)}
+        proofs = [(one, self._chooser.evidence(options, one)) for one in firsts.values()]
+        again = {one.name for one, proof in proofs if proof is not None and (is_fresh or (is_asked and proof.problem))}
         while not tally.is_spent:
             choice = self._chooser.decide(options, self._model(options.manifest.name).variant)
             rest = [one for one in options.candidates.found if one.name in again] or self._unproved(options)
@@ -349,6 +374,8 @@ class Tuner:
                             device=str(loaded["device"]),
                             provider=str(loaded["provider"]),
                             tokens=int(loaded["tokens"]),
+                            units=int(loaded["units"]),
+                            streams=int(loaded["streams"]),
                         )
                         if found.device != one.variant.device:
                             raise NoPlacement(
@@ -395,8 +422,8 @@ class Tuner:
             _log.info("%s as %s: %s", options.manifest.name, one.name, error)
             problem = str(error)
         evidence = Evidence(
-            key=options.keys[one.name],
-            reference=options.keys[reference.name].id,
+            key=options.computation(one),
+            reference=options.computation(reference).id,
             sample=options.trial,
             bound=options.manifest.quality.bound,
             comparison=comparison,
@@ -478,7 +505,7 @@ class Tuner:
         if not model.variant or model.version != options.version:
             return False
         if model.variant == to.name and not model.is_displaced:
-            model.note_choice(by)
+            model.note_choice(by, self._chooser.measurement(options, to))
             return False
         await model.move(await self._chooser.placement(options, to, by))
         return True

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from appliance.clients import Client
+    from appliance.manifest import Manifest
 
 #: Bytes of one element by Open Inference Protocol datatype; 0 marks BYTES, whose elements carry a 4-byte
 #: little-endian length each. BF16 is Triton's addition to the protocol's list.
@@ -71,7 +75,7 @@ class Timings:
         copy_ns: Into the input slab and out of the output slab, the whole batch.
         compute_ns: The backend's run, the whole batch.
         postprocess_ns: Labels, scores and the like, in the worker.
-        batch_rows: Rows of the batch the request ran in.
+        batch_rows: Rows of the batch the request ran in; 0 for an answer from the cache.
     """
 
     decode_ns: int = 0
@@ -121,6 +125,38 @@ class ModelState(StrEnum):
     UNLOADING = "unloading"
 
 
+class SequenceStep(NamedTuple):
+    """A request's place in a sequence, by Triton's reserved parameters ``sequence_id``, ``_start`` and ``_end``.
+
+    Attributes:
+        id: The client's name for the sequence: a number other than 0, or a string that is not empty.
+        is_start: True for the first request of the sequence.
+        is_end: True for the last.
+    """
+
+    id: int | str
+    is_start: bool = False
+    is_end: bool = False
+
+
+class RequestOptions(NamedTuple):
+    """How a request asks to be scheduled.
+
+    Attributes:
+        timeout_us: The ``timeout`` parameter: microseconds from now; 0 for none.
+        priority: The ``priority`` parameter: 1 is the most urgent; 0 for the model's default.
+        sequence: The sequence it belongs to, or None.
+    """
+
+    timeout_us: int = 0
+    priority: int = 0
+    sequence: SequenceStep | None = None
+
+
+#: What a request asks that asks nothing; read as this very object, so that a comparison by identity will do.
+NO_OPTIONS: Final = RequestOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class InferRequest:
     """A decoded request, before it is checked against a model.
@@ -130,8 +166,10 @@ class InferRequest:
         version: Version as the client wrote it; empty for the model's default.
         inputs: Tensors in the client's order.
         outputs: Names of the outputs wanted; empty for all.
-        timeout_us: Microseconds the client is willing to wait from now; 0 for no limit.
+        timeout_us: Microseconds the transport gives it from now; 0 for no limit.
         peer: Who asks.
+        options: What its parameters ask for.
+        client: Whose account it goes on; None for the daemon's own requests.
     """
 
     model: str
@@ -140,6 +178,8 @@ class InferRequest:
     outputs: Sequence[str] = ()
     timeout_us: int = 0
     peer: Peer | None = None
+    options: RequestOptions = NO_OPTIONS
+    client: "Client | None" = None
 
 
 @dataclass(slots=True)
@@ -150,6 +190,47 @@ class InferResult:
     version: str
     outputs: list[Tensor]
     timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatus:
+    """A model's response cache.
+
+    Attributes:
+        answers: Answers it holds.
+        nbytes: Memory they take with all that goes with them.
+        hit_rate: Share of requests since the daemon started that were looked up and did not run; 0 where none was.
+    """
+
+    answers: int
+    nbytes: int
+    hit_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostStatus:
+    """What batches of one shape cost on a placement: about ``slope * rows + intercept``.
+
+    Attributes:
+        units: Elements of a row's variable dimensions, such as padded tokens; 1 for fixed shapes.
+        slope_us: What a row adds.
+        intercept_us: What a batch costs whatever its rows.
+        spread: Relative standard deviation of batches around that.
+        setup_share: The intercept's share of a batch of one row, 0 to 1.
+        efficient_rows: The smallest batch with 95 % of the throughput that batches without end would have; at most as
+            large as the session takes.
+        samples: Batches it was learned from; 0 where it is what was measured before.
+        scale: What a batch as seen last takes now, divided by what was measured; None where nothing was.
+    """
+
+    units: int
+    slope_us: float
+    intercept_us: float
+    spread: float
+    setup_share: float
+    efficient_rows: int
+    samples: int
+    scale: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +260,9 @@ class ModelStatus:
         load_ms: How long the last load took, warm-up included.
         queued: Requests waiting now.
         running: Requests in a worker now.
+        streams: Batches that its session runs at the same time; 0 before the first load.
+        cache: Its response cache; None for a model without one, or that is not loaded.
+        costs: What its batches cost, by shape; empty before the first one where nothing was measured.
     """
 
     name: str
@@ -203,6 +287,9 @@ class ModelStatus:
     load_ms: float = 0.0
     queued: int = 0
     running: int = 0
+    streams: int = 0
+    cache: CacheStatus | None = None
+    costs: tuple[CostStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +306,7 @@ class ModelDescription:
         outputs: Outputs on offer, labels and scores included, full shapes.
         max_batch_size: Rows of a request at most; 0 for a model without batch dimension.
         status: Its state and placement.
+        manifest: What its directory says.
     """
 
     name: str
@@ -229,3 +317,4 @@ class ModelDescription:
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
     status: ModelStatus
+    manifest: "Manifest"

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from appliance.call import Call
 from appliance.errors import KINDS, BackendError, InvalidManifest, Overloaded, WorkerLost
+from appliance.flights import Flight
 from appliance.slab import Slab
 from appliance.wire import worker as frames
 from appliance.wire import worker_pb2
@@ -48,11 +49,23 @@ class Slot:
         batch: The batch's number.
         started_ns: When it was sent.
         copy_ns: What gathering it took.
+        flight: What the batcher predicts of it; None while the slot is free.
         spill: A slab made for this batch alone, where the inputs outgrew the slot's.
         spill_region: The spill's number on the wire.
     """
 
-    __slots__ = ("batch", "calls", "copy_ns", "input", "number", "output", "spill", "spill_region", "started_ns")
+    __slots__ = (
+        "batch",
+        "calls",
+        "copy_ns",
+        "flight",
+        "input",
+        "number",
+        "output",
+        "spill",
+        "spill_region",
+        "started_ns",
+    )
 
     def __init__(self, number: int, input_bytes: int, output_bytes: int) -> None:
         self.number = number
@@ -66,6 +79,7 @@ class Slot:
         self.batch = 0
         self.started_ns = 0
         self.copy_ns = 0
+        self.flight: Flight | None = None
         self.spill: Slab | None = None
         self.spill_region = 0
 

@@ -22,7 +22,7 @@ class Timings(NamedTuple):
         copy_us: Copying into and out of the batch.
         compute_us: The model's run, for the whole batch.
         postprocess_us: Labels, scores and the like.
-        batch_rows: Rows of the batch the request ran in.
+        batch_rows: Rows of the batch the request ran in; 0 for an answer from the model's cache.
     """
 
     decode_us: int

@@ -23,6 +23,7 @@ from appliance_client.client import DEFAULT_MAX_ANSWER_BYTES
 from appliance_client.errors import ApplianceError, ConnectionLost, DeadlineExceeded, several_answers
 from appliance_client.regions import DEFAULT_POOL_BYTES, DEFAULT_THRESHOLD_BYTES
 from appliance_client.retry import GRACE_SECONDS, Deadline, microseconds, pause_before, should_retry
+from appliance_client.scheduling import scheduled
 
 if TYPE_CHECKING:
     from appliance_client.answer import Answer, Parameter
@@ -92,9 +93,15 @@ class AsyncClient:
         version: str = "",
         timeout: float | None = None,
         parameters: "Mapping[str, Parameter] | None" = None,
+        priority: int | str = 0,
+        sequence_id: int | str = 0,
+        sequence_start: bool = False,
+        sequence_end: bool = False,
     ) -> "Answer":
         """Send one request and wait for its answer; arguments and errors as `Client.infer`."""
         codec = self._codec or self._load_codec()
+        if priority or sequence_id or sequence_start or sequence_end:
+            parameters = scheduled(parameters, priority, sequence_id, sequence_start, sequence_end)
         request = codec.request(model, inputs, outputs, version, parameters)
 
         async def once(connection: AsyncConnection, deadline: Deadline) -> "Answer":
@@ -120,9 +127,12 @@ class AsyncClient:
         version: str = "",
         timeout: float | None = None,
         parameters: "Mapping[str, Parameter] | None" = None,
+        priority: int | str = 0,
     ) -> "AsyncGenerator[Answer, None]":
         """Send one request and iterate over its answers, for models that give several; as `Client.results`."""
         codec = self._codec or self._load_codec()
+        if priority:
+            parameters = scheduled(parameters, priority)
         request = codec.request(model, inputs, outputs, version, parameters)
         deadline = Deadline(self._timeout if timeout is None else timeout)
         arrived: asyncio.Queue[tuple[Any, bool]] = asyncio.Queue()
@@ -153,6 +163,7 @@ class AsyncClient:
         outputs: Sequence[str] = (),
         version: str = "",
         timeout: float | None = None,
+        priority: int | str = 0,
         return_errors: bool = False,
     ) -> "AsyncGenerator[Answer | ApplianceError, None]":
         """Send many requests, several at a time, and iterate over their answers in order.
@@ -179,7 +190,9 @@ class AsyncClient:
                     except StopAsyncIteration:
                         is_exhausted = True
                     else:
-                        call = self.infer(model, values, outputs=outputs, version=version, timeout=timeout)
+                        call = self.infer(
+                            model, values, outputs=outputs, version=version, timeout=timeout, priority=priority
+                        )
                         window.append(asyncio.ensure_future(call))
                     pull = None
                 while window and window[0].done():

@@ -76,6 +76,8 @@ class ModelStatistics:
         compute_input: Copying in.
         compute_infer: The model's run.
         compute_output: Copying out.
+        cache_hit: Requests answered from the model's cache, with the time of looking them up.
+        cache_miss: Requests looked up in vain, likewise.
         executions_by_rows: Runs of the model by the number of rows in the batch.
     """
 
@@ -90,6 +92,8 @@ class ModelStatistics:
     compute_input: Duration
     compute_infer: Duration
     compute_output: Duration
+    cache_hit: Duration
+    cache_miss: Duration
     executions_by_rows: dict[int, Duration]
 
 
@@ -208,6 +212,8 @@ def _statistics(row: oip.ModelStatistics) -> ModelStatistics:
         compute_input=_duration(stages.compute_input),
         compute_infer=_duration(stages.compute_infer),
         compute_output=_duration(stages.compute_output),
+        cache_hit=_duration(stages.cache_hit),
+        cache_miss=_duration(stages.cache_miss),
         executions_by_rows={batch.batch_size: _duration(batch.compute_infer) for batch in row.batch_stats},
     )
 

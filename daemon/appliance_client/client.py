@@ -18,6 +18,7 @@ from appliance_client.errors import ApplianceError, ConnectionLost
 from appliance_client.pipeline import Pipeline
 from appliance_client.regions import DEFAULT_POOL_BYTES, DEFAULT_THRESHOLD_BYTES
 from appliance_client.retry import Deadline, microseconds, pause_before, should_retry
+from appliance_client.scheduling import scheduled
 
 if TYPE_CHECKING:
     from appliance_client.answer import Answer, Parameter
@@ -115,6 +116,10 @@ class Client:
         version: str = "",
         timeout: float | None = None,
         parameters: "Mapping[str, Parameter] | None" = None,
+        priority: int | str = 0,
+        sequence_id: int | str = 0,
+        sequence_start: bool = False,
+        sequence_end: bool = False,
     ) -> "Answer":
         """Send one request and wait for its answer.
 
@@ -125,12 +130,20 @@ class Client:
             version: The model's version; empty for its default.
             timeout: Seconds the call may take.
             parameters: Parameters of the request, such as those of a generation.
+            priority: 1 is the most urgent; 0 stands for the model's default. ``"interactive"``, ``"default"`` and
+                ``"background"`` are 1, 2 and 3, the levels of a model that has no others.
+            sequence_id: The sequence it belongs to, for a model that keeps state: a number or a string of the caller's
+                choice; 0 or empty for none.
+            sequence_start: It is the first request of the sequence.
+            sequence_end: It is the last.
 
         Raises:
             InvalidRequest: A value is no tensor, or the model does not take it, or gives several answers.
             ApplianceError: As the class says.
         """
         codec = self._codec or self._load_codec()
+        if priority or sequence_id or sequence_start or sequence_end:
+            parameters = scheduled(parameters, priority, sequence_id, sequence_start, sequence_end)
         request = codec.request(model, inputs, outputs, version, parameters)
         if timeout is None:
             timeout = self._timeout
@@ -145,6 +158,7 @@ class Client:
         version: str = "",
         timeout: float | None = None,
         parameters: "Mapping[str, Parameter] | None" = None,
+        priority: int | str = 0,
     ) -> "Iterator[Answer]":
         """Send one request and iterate over its answers, for models that give several.
 
@@ -152,6 +166,8 @@ class Client:
         withdraws the request. Arguments as `infer`; the timeout is for all answers together.
         """
         codec = self._codec or self._load_codec()
+        if priority:
+            parameters = scheduled(parameters, priority)
         request = codec.request(model, inputs, outputs, version, parameters)
         if timeout is None:
             timeout = self._timeout
@@ -177,6 +193,7 @@ class Client:
         outputs: Sequence[str] = (),
         version: str = "",
         timeout: float | None = None,
+        priority: int | str = 0,
         return_errors: bool = False,
     ) -> "Iterator[Answer | ApplianceError]":
         """Send many requests, several at a time on one connection, and iterate over their answers in order.
@@ -188,12 +205,14 @@ class Client:
             outputs: Names of the outputs wanted; empty for all.
             version: The model's version; empty for its default.
             timeout: Seconds each request may take.
+            priority: Of each request; see `infer`.
             return_errors: Give the error in the place of the answer it stands for. Otherwise the first error is raised
                 in its turn and the rest is withdrawn.
         """
         codec = self._codec or self._load_codec()
         if timeout is None:
             timeout = self._timeout
+        parameters = scheduled(None, priority) if priority else None
         source = iter(inputs)
         is_exhausted = False
         with self._lent(timeout) as connection:
@@ -205,7 +224,7 @@ class Client:
                     if values is None:
                         is_exhausted = True
                     else:
-                        pipeline.send(model, values, outputs, version)
+                        pipeline.send(model, values, outputs, version, parameters)
                 if not len(pipeline):
                     return
                 outcome = pipeline.take()

@@ -29,6 +29,8 @@ _TIMINGS_SIZE: Final = native.TIMINGS.size
 
 _PARAMETER_FIELDS: Final = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
 
+_MAX_I64: Final = (1 << 63) - 1
+
 #: What determines a head: model, version, outputs, parameters, then name, datatype and shape of each input.
 Signature = tuple[Any, ...]
 
@@ -196,6 +198,8 @@ def _parameter_key(parameters: Mapping[str, Parameter]) -> tuple[tuple[str, str,
             raise InvalidRequest(
                 f"cannot send parameter {name!r}: it is a {type(value).__name__}, not a bool, int, float or str"
             )
+        if field == "int64_param" and value > _MAX_I64:  # type: ignore[operator] # an int, by its field
+            field = "uint64_param"
         key.append((name, field, value))
     return tuple(key)
 

@@ -9,7 +9,7 @@ from appliance_client.errors import ApplianceError, InvalidRequest, several_answ
 from appliance_client.retry import microseconds
 
 if TYPE_CHECKING:
-    from appliance_client.answer import Answer
+    from appliance_client.answer import Answer, Parameter
     from appliance_client.messages import Codec
 
 
@@ -34,7 +34,14 @@ class Pipeline:
     def __len__(self) -> int:
         return len(self._order)
 
-    def send(self, model: str, values: Mapping[str, Any], outputs: Sequence[str], version: str) -> None:
+    def send(
+        self,
+        model: str,
+        values: Mapping[str, Any],
+        outputs: Sequence[str],
+        version: str,
+        parameters: "Mapping[str, Parameter] | None" = None,
+    ) -> None:
         """Send one request; one that cannot be encoded takes its place in the order as an error.
 
         Raises:
@@ -42,7 +49,7 @@ class Pipeline:
         """
         deadline = self._connection.begin(self._timeout)
         try:
-            request = self._codec.request(model, values, outputs, version, None)
+            request = self._codec.request(model, values, outputs, version, parameters)
             identifier = self._connection.send(self._codec, request, microseconds(self._timeout), deadline)
             self._due.add(identifier)
         except InvalidRequest as error:

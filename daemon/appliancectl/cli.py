@@ -8,11 +8,12 @@ import click
 
 from appliance_client.errors import ApplianceError
 from appliancectl import failure
-from appliancectl.bench import bench
+from appliancectl.bench.command import bench
 from appliancectl.completion import completion
 from appliancectl.doctor import doctor
 from appliancectl.hardware import backends, hardware
 from appliancectl.infer import infer
+from appliancectl.instances import instances
 from appliancectl.jobs import jobs
 from appliancectl.models import load, models, unload
 from appliancectl.status import status, version
@@ -29,7 +30,7 @@ def cli() -> None:
 
 for _command in (
     status, hardware, backends, models, load, unload, infer, bench,
-    explain, tune, quantize, pin, unpin, jobs, doctor, version, completion,
+    explain, tune, quantize, pin, unpin, instances, jobs, doctor, version, completion,
 ):  # fmt: skip
     cli.add_command(_command)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Elements of a tensor shown to a person.
 _SHOWN = 8
+#: Digits of the largest number of 64 bits.
+_MAX_DIGITS = 20
 
 
 @click.command()
@@ -34,8 +36,22 @@ _SHOWN = 8
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds to wait.", show_default=True
 )
+@click.option("--priority", default="0", metavar="LEVEL", help="A number from 1, or interactive, default, background.")
+@click.option("--sequence", default="0", metavar="ID", help="The sequence to go on with, for a model that keeps state.")
+@click.option("--start", is_flag=True, help="Begin the sequence.")
+@click.option("--end", is_flag=True, help="End the sequence.")
 @common_options
-def infer(target: Target, model: str, given: tuple[str, ...], output_file: Path | None, timeout: float) -> None:
+def infer(
+    target: Target,
+    model: str,
+    given: tuple[str, ...],
+    output_file: Path | None,
+    timeout: float,
+    priority: str,
+    sequence: str,
+    start: bool,
+    end: bool,
+) -> None:
     """Ask a model: give it text, a picture, a .npy file or JSON, and see its answer.
 
     A VALUE that is a file's name stands for what the file holds. Repeat --input for several rows, or with NAME= for
@@ -47,7 +63,15 @@ def infer(target: Target, model: str, given: tuple[str, ...], output_file: Path 
         from appliancectl.inputs import gather_inputs
 
         inputs = gather_inputs(metadata, given, is_image=task == "image-classification")
-        answer = client.infer(model, inputs, timeout=timeout)
+        answer = client.infer(
+            model,
+            inputs,
+            timeout=timeout,
+            priority=_number_or_word(priority),
+            sequence_id=_number_or_word(sequence),
+            sequence_start=start,
+            sequence_end=end,
+        )
     datatypes = {spec.name: spec.datatype for spec in metadata.outputs}
     if output_file is not None:
         _write(answer, output_file)
@@ -55,6 +79,10 @@ def infer(target: Target, model: str, given: tuple[str, ...], output_file: Path 
         print_json(_as_json(answer, datatypes))
     else:
         _show(answer, datatypes)
+
+
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else text
 
 
 def _values(answer: "Answer", name: str) -> Any:

@@ -61,8 +61,14 @@ def print_model(model: dict[str, Any]) -> None:
         ("restarts", str(model["restarts"])),
         ("loaded in", f"{model['load_ms']:.0f} ms" if model["load_ms"] else ""),
         ("requests", f"{model['queued']} waiting, {model['running']} running"),
+        ("cache", _cache_words(model["cache"]) if model.get("cache") else ""),
     ]
     print_pairs([(name, value) for name, value in pairs if value])
+
+
+def _cache_words(cache: dict[str, Any]) -> str:
+    answers = "1 answer" if cache["answers"] == 1 else f"{cache['answers']} answers"
+    return f"{answers}, {size(cache['nbytes'])}, {cache['hit_rate']:.0%} of requests spared a run"
 
 
 def _path(name: str) -> str:

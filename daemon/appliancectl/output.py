@@ -34,6 +34,11 @@ def console(*, is_error: bool = False) -> "Console":
     return Console(stderr=is_error, width=None if stream.isatty() else _PIPE_COLUMNS, highlight=False, soft_wrap=False)
 
 
+def milliseconds(microseconds: float) -> str:
+    """A duration for people."""
+    return f"{microseconds / 1000:.3g} ms"
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output; NaN and infinities, which JSON lacks, become null."""
     click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False))

@@ -7,7 +7,7 @@ import click
 
 from appliancectl.completion import complete_model, complete_variant
 from appliancectl.jobs import follow
-from appliancectl.output import print_json, print_pairs, print_table, size, spinner
+from appliancectl.output import milliseconds, print_json, print_pairs, print_table, size, spinner
 from appliancectl.target import Target, common_options
 
 _ANSWER_SECONDS: Final = 60.0
@@ -155,8 +155,9 @@ def _headline(answer: dict[str, Any]) -> str:
     return f"{answer['model']} version {answer['version']} runs as {serving['variant']}, {why}"
 
 
-def _milliseconds(microseconds: float) -> str:
-    return f"{microseconds / 1000:.3g} ms"
+def _split(candidate: dict[str, Any]) -> str:
+    """Batches at the same time, times the cores of each where the device has such."""
+    return f"{candidate['streams']}x{candidate['threads']}" if candidate["threads"] else str(candidate["streams"])
 
 
 def _accuracy(candidate: dict[str, Any]) -> str:
@@ -179,6 +180,9 @@ def print_explanation(answer: dict[str, Any], *, with_points: bool = False) -> N
     ]
     print_pairs([(name, value) for name, value in pairs if value])
     click.echo()
+    if serving["costs"]:
+        _print_costs(answer)
+        click.echo()
     rows = []
     for one in answer["candidates"]:
         found = one["measurement"]
@@ -186,14 +190,14 @@ def print_explanation(answer: dict[str, Any], *, with_points: bool = False) -> N
         if found:
             noise = "~" if found["disturbed"] else ""
             numbers = (
-                noise + _milliseconds(found["latency_us"]),
+                noise + milliseconds(found["latency_us"]),
                 f"{noise}{found['rows_per_second']:.0f}/s at {found['best_rows']}",
                 f"{found['load_ms']:.0f} ms",
                 size(found["peak_bytes"]),
             )
         mark = "*" if one["name"] == serving["variant"] else ""
-        rows.append((mark, one["name"], one["verdict"], *numbers, _accuracy(one)))
-    columns = (" ", "candidate", "verdict", ">one row", ">rows", ">load", ">memory", "accuracy")
+        rows.append((mark, one["name"], one["verdict"], _split(one), *numbers, _accuracy(one)))
+    columns = (" ", "candidate", "verdict", ">streams", ">one row", ">rows", ">load", ">memory", "accuracy")
     print_table(columns, rows, "nothing can run it")
     reasons = [(one["name"], one["reason"]) for one in answer["candidates"] if one["verdict"] != "unmeasured"]
     if reasons:
@@ -210,6 +214,32 @@ def print_explanation(answer: dict[str, Any], *, with_points: bool = False) -> N
     unknown = sum(one["verdict"] in ("unmeasured", "unchecked") for one in answer["candidates"])
     if unknown:
         click.echo(f"\n{unknown} not measured or checked: `appliancectl tune {answer['model']}`, or wait for idle time")
+
+
+def _print_costs(answer: dict[str, Any]) -> None:
+    """What batches of what serves are expected to cost, by the units of a row, below what was measured."""
+    serving = answer["serving"]
+    measured = [one["measurement"] for one in answer["candidates"] if one["name"] == serving["variant"]]
+    rows = []
+    for found in filter(None, measured):
+        slope, intercept = found["slope_us"], found["intercept_us"]
+        rows.append(("measured", str(found["tokens"] or "-"), milliseconds(slope), milliseconds(intercept), *["-"] * 5))
+    for cost in serving["costs"]:
+        rows.append(
+            (
+                "expected",
+                str(cost["units"]) if cost["units"] > 1 else "-",
+                milliseconds(cost["slope_us"]),
+                milliseconds(cost["intercept_us"]),
+                f"{cost['setup_share']:.0%}",
+                f"{cost['spread']:.0%}",
+                str(cost["efficient_rows"]),
+                str(cost["samples"]),
+                f"{cost['scale']:.2f}" if cost["scale"] is not None else "-",
+            )
+        )
+    columns = ("batches", ">units", ">each row", ">and", ">its share", ">spread", ">efficient rows", ">seen", ">pace")
+    print_table(columns, rows, "")
 
 
 def _bound(answer: dict[str, Any]) -> str:
@@ -234,8 +264,8 @@ def _print_points(answer: dict[str, Any]) -> None:
             (
                 name,
                 str(point["rows"]),
-                noise + _milliseconds(point["median_us"]),
-                _milliseconds(point["spread_us"]),
+                noise + milliseconds(point["median_us"]),
+                milliseconds(point["spread_us"]),
                 str(point["samples"]),
                 *((energy,) if is_counted else ()),
             )

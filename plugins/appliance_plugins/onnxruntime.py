@@ -1,8 +1,9 @@
 """Backend ``onnxruntime``: ONNX models on the CPU and, with the runtime's CUDA build, on NVIDIA GPUs.
 
-Options on the CPU: ``threads`` is how many cores one run may use, by default all the process may run on, or fewer where
-the inventory that was probed says so; ``spin_us`` is how long idle threads stay awake after a run, by default not at
-all. Nothing of CUDA has run on a GPU yet; that a session without it lands on the CPU, and why, has been seen.
+Options: ``streams`` is how many runs may go on at the same time, by default one. On the CPU ``threads`` is how many
+cores each may use, by default an equal part of all the process may run on, or of fewer where the inventory that was
+probed says so; ``spin_us`` is how long idle threads stay awake after a run, by default not at all. Nothing of CUDA has
+run on a GPU yet; that a session without it lands on the CPU, and why, has been seen.
 """
 
 import ctypes
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
-from appliance.backend import Artifact, Execution, Scope, Session, Support, Variant
+from appliance.backend import MAX_STREAMS, MAX_THREADS, Artifact, Execution, Scope, Session, Support, Variant
 from appliance.inventory import Device, Inventory
 from appliance.types import TensorSpec
 from appliance_plugins import cuda_provider
+from appliance_plugins.splits import splits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,7 +94,7 @@ class OnnxRuntimeBackend:
         )
 
     def candidates(self, artifact: Artifact, device: Device) -> Sequence[Variant]:
-        """What the graph says, on all cores; then with threads that stay awake for a moment, and on one core."""
+        """What the graph says, on all cores; threads that stay awake for a moment; one core; several runs at a time."""
         if artifact.format not in self.formats:
             return ()
         if _is_card(device):
@@ -102,9 +104,9 @@ class OnnxRuntimeBackend:
         if precision is None:
             return ()
         # On one core no thread has to be woken.
-        choices: tuple[dict[str, str], ...] = ({},)
+        choices: tuple[Mapping[str, str], ...] = ({},)
         if device.cores != 1:
-            choices = ({}, {"spin_us": _OFFERED_SPIN_US}, {"threads": "1"})
+            choices = ({}, {"spin_us": _OFFERED_SPIN_US}, {"threads": "1"}, *splits(device.cores))
         return tuple(Variant(self.name, device.id, precision, options) for options in choices)
 
     def load(self, artifact: Artifact, variant: Variant) -> Session:
@@ -125,11 +127,12 @@ class OnnxRuntimeBackend:
                 f"precision {variant.precision} is not on offer for an artifact in {artifact.precision}"
                 + (f", only {offered}" if offered else "")
             )
-        threads, spin_us = _read(variant.options)
-        threads = threads or self._default_threads()
+        streams, threads, spin_us = _read(variant.options)
+        threads = threads or max(self._cores_to_use() // streams, 1)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR
-        options.intra_op_num_threads = threads
+        # The caller's thread works too, and all runs share the others.
+        options.intra_op_num_threads = streams * (threads - 1) + 1
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         for key, value in _spinning(spin_us).items():
@@ -146,12 +149,13 @@ class OnnxRuntimeBackend:
         if is_cuda:
             execution = _on_cuda(onnxruntime, session, artifact, variant)
         else:
-            detail = f"threads={threads}" + (f", spin_us={spin_us}" if spin_us else "")
+            parts = {"streams": streams if streams > 1 else 0, "threads": threads, "spin_us": spin_us}
+            detail = ", ".join(f"{name}={value}" for name, value in parts.items() if value)
             execution = Execution(variant.device, _PROVIDER, variant.precision, detail)
-        return _wrap(session, execution)
+        return _wrap(session, execution, streams)
 
-    def _default_threads(self) -> int:
-        """One for each core; the inventory counts a container's CPU quota, which the affinity does not show."""
+    def _cores_to_use(self) -> int:
+        """All there are; the inventory counts a container's CPU quota, which the affinity does not show."""
         affinity = len(os.sched_getaffinity(0))
         return min(self._cores or affinity, affinity)
 
@@ -173,28 +177,34 @@ def _on_cuda(runtime: Any, session: Any, artifact: Artifact, variant: Variant) -
     return Execution(variant.device, cuda_provider.PROVIDER, variant.precision, detail)
 
 
-def _wrap(session: Any, execution: Execution) -> Session:
+def _wrap(session: Any, execution: Execution, streams: int) -> Session:
     inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
     datatypes = {spec.datatype for spec in (*inputs, *outputs)}
     if "BF16" in datatypes:
         if "BYTES" in datatypes:
             raise ValueError("the runtime's Python interface cannot carry BF16 and string tensors in one run")
-        return _Bf16Session(session, inputs, outputs, execution)
+        return _Bf16Session(session, inputs, outputs, execution, streams)
     if "BYTES" in datatypes:
-        return _TextSession(session, inputs, outputs, execution)
-    return _ArraySession(session, inputs, outputs, execution)
+        return _TextSession(session, inputs, outputs, execution, streams)
+    return _ArraySession(session, inputs, outputs, execution, streams)
 
 
 class _ArraySession:
-    """A session whose tensors numpy knows."""
+    """A session whose tensors numpy knows. The runtime's own may run in many threads and makes every output anew."""
 
     def __init__(
-        self, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], execution: Execution
+        self,
+        session: Any,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        execution: Execution,
+        streams: int,
     ) -> None:
         self._session = session
         self._execution = execution
         self.inputs = inputs
         self.outputs = outputs
+        self.streams = streams
 
     def run(self, inputs: "Mapping[str, NDArray[Any]]", outputs: Sequence[str]) -> "Mapping[str, NDArray[Any]]":
         """Compute one batch; the inputs are not copied."""
@@ -291,12 +301,13 @@ def _spinning(spin_us: int) -> dict[str, str]:
     return {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": str(spin_us)}
 
 
-def _read(options: Mapping[str, str]) -> tuple[int, int]:
-    """Threads, 0 for as many as there are cores, and microseconds of spinning."""
-    unknown = sorted(set(options) - {"threads", "spin_us"})
+def _read(options: Mapping[str, str]) -> tuple[int, int, int]:
+    """Streams, threads of each or 0 for an equal part of the cores, and microseconds of spinning."""
+    unknown = sorted(set(options) - {"streams", "threads", "spin_us"})
     if unknown:
-        raise ValueError(f"option {unknown[0]!r} is unknown; there are 'threads' and 'spin_us'")
-    return _number(options, "threads", 1, 1024), _number(options, "spin_us", 0, _MAX_SPIN_US)
+        raise ValueError(f"option {unknown[0]!r} is unknown; there are 'streams', 'threads' and 'spin_us'")
+    streams = _number(options, "streams", 1, MAX_STREAMS) or 1
+    return streams, _number(options, "threads", 1, MAX_THREADS), _number(options, "spin_us", 0, _MAX_SPIN_US)
 
 
 def _number(options: Mapping[str, str], name: str, least: int, most: int) -> int:

@@ -7,7 +7,9 @@ answer is never accepted.
 import fcntl
 import mmap
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import numpy as np
@@ -509,6 +511,79 @@ def test_every_offer_answers_rightly_and_proves_where_and_how_precisely_it_runs(
     assert (execution.device, execution.precision) == (variant.device, variant.precision)
     assert execution.provider
     assert execution.reason == ""
+    session.close()
+
+
+def _split_variants():
+    """The offers for FP32 that take several runs at a time."""
+    for parameter in _variants():
+        _, _, precision, variant = parameter.values[0]
+        if precision == "FP32" and "streams" in variant.options:
+            yield parameter
+
+
+@pytest.mark.parametrize("case", list(_split_variants()))
+def test_runs_at_the_same_time_answer_rightly_and_leave_each_others_outputs_alone(case, tmp_path):
+    """In rounds: all threads run batches of different sizes, then all but one run again while that one looks."""
+    backend, format_, precision, variant = case
+    path = writer(format_, tmp_path)(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Tanh", ["h"], ["y"])],
+        [("x", "FP32", ["N", 32])],
+        [("y", "FP32", ["N", 8])],
+        [numpy_helper.from_array(WEIGHTS, "w")],
+    )
+    session = backend.load(Artifact(path, format_, precision), variant)
+    streams = session.streams
+    assert streams == int(variant.options["streams"])
+    together = threading.Barrier(streams, timeout=60)
+
+    def run_in_rounds(own):
+        random = np.random.default_rng(own)
+        for number in range(6 * streams):
+            x = random.standard_normal((1 + (own + number) % 5, 32)).astype(np.float32)
+            result = session.run({"x": x}, ["y"])["y"]
+            together.wait()
+            if number % streams != own:
+                other = random.standard_normal((1 + number % 5, 32)).astype(np.float32)
+                np.testing.assert_allclose(
+                    session.run({"x": other}, ["y"])["y"], np.tanh(other @ WEIGHTS), atol=TOLERANCES[variant.precision]
+                )
+            together.wait()
+            if number % streams == own:
+                np.testing.assert_allclose(result, np.tanh(x @ WEIGHTS), atol=TOLERANCES[variant.precision])
+
+    with ThreadPoolExecutor(streams) as threads:
+        for ended in [threads.submit(run_in_rounds, own) for own in range(streams)]:
+            try:
+                ended.result()
+            except BaseException:
+                together.abort()  # the others wait for this one
+                raise
+    assert f"streams={streams}" in session.executed_on().detail
+    session.close()
+
+
+@pytest.mark.parametrize("case", list(_split_variants()))
+def test_a_run_that_fails_fails_no_other_that_goes_on(case, tmp_path):
+    backend, format_, precision, variant = case
+    path = writer(format_, tmp_path)(
+        [helper.make_node("Reshape", ["x", "s"], ["y"])],
+        [("x", "FP32", ["N"])],
+        [("y", "FP32", ["M", 4])],
+        [helper.make_tensor("s", TensorProto.INT64, [2], [-1, 4])],
+    )
+    session = backend.load(Artifact(path, format_, precision), variant)
+
+    def answers(length):
+        try:
+            return [session.run({"x": np.full(length, 1.0, np.float32)}, ["y"])["y"].shape for _ in range(200)]
+        except Exception:
+            return None
+
+    with ThreadPoolExecutor(2) as threads:
+        bad, good = threads.submit(lambda: [answers(7) for _ in range(200)]), threads.submit(answers, 8)
+        assert good.result() == [(2, 4)] * 200
+        assert bad.result() == [None] * 200
     session.close()
 
 

@@ -94,6 +94,21 @@ def test_tensors_from_and_to_files(appliancectl, tmp_path):
         assert outputs["label"].dtype.kind == "U"
 
 
+def test_priorities_and_sequences(appliancectl):
+    row = json.dumps([0.5] * 16)
+    for priority in ("1", "background", "18446744073709551615"):
+        assert appliancectl("infer", "identity", "-i", row, "--priority", priority).returncode == 0
+    for options, says in (
+        (("--priority", "urgent"), "none of interactive"),
+        (("--priority", "9" * 5000), "none of interactive"),
+        (("--sequence", "7", "--start"), "not stateful"),
+        (("--sequence", "a word", "--end"), "not stateful"),
+        (("--start",), "sequence_id must name it"),
+    ):
+        refused = appliancectl("infer", "identity", "-i", row, *options)
+        assert (refused.returncode, says in refused.stderr) == (1, True), refused.stderr
+
+
 def test_refusals_of_the_daemon(appliancectl):
     wrong = appliancectl("infer", "identity", "-i", "[1, 2]")
     assert (wrong.returncode, wrong.stdout) == (1, "")

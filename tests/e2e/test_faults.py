@@ -184,7 +184,8 @@ def test_a_model_whose_worker_was_killed_answers_again(faulty, is_loaded, record
                     await asyncio.sleep(0.002)
                     continue
                 assert answer["y"][0, 0] == number % 97
-                if model == name and killed.is_set() and errors and not recovered:
+                # Idle, a request that came before the death was noticed may have waited for the next worker.
+                if model == name and killed.is_set() and (errors or not is_loaded) and not recovered:
                     recovered.append(time.monotonic())
                     recovery.set()
 

@@ -17,7 +17,8 @@ import grpc
 import numpy as np
 import pytest
 
-from appliance.config import LimitsSection
+from appliance.clients import Clients
+from appliance.config import ClientsSection, LimitsSection
 from appliance.errors import ModelNotFound
 from appliance.server.budget import BodyBudget
 from appliance.server.native_connection import NativeConnection
@@ -330,7 +331,7 @@ def test_cancelling_at_every_stage(served):
         client.send(frame(Frame.CANCEL, 3))
         assert client.infer(3, ECHO, row(8)).tail == row(8)
     wait_until(lambda: served.model()["running"] == 0, "nothing runs")
-    assert served.executions() == before + 4  # two that waited for the gate, the batch of 3 and 5, and the last
+    assert before + 4 <= served.executions() <= before + 5  # two that waited, 3 and 5 in a batch or two, and the last
 
 
 def test_a_hundred_thousand_withdrawn_and_late_requests_leave_nothing(served):
@@ -648,6 +649,9 @@ class _NoModels:
 
     accepting = True
 
+    def __init__(self) -> None:
+        self.clients = Clients(ClientsSection())
+
     def plan(self, name, version, inputs, outputs):
         raise ModelNotFound("cannot find the model: there is none")
 
@@ -693,6 +697,7 @@ def test_the_parser_survives_random_bytes_in_random_pieces(first):
                 await asyncio.sleep(0)
             connection.close()
             assert left == [connection]
+            assert len(lobby.engine.clients) == 0
         assert not problems, (seed, problems)
 
     for seed in range(first, first + 100):

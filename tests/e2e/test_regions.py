@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from appliance.config import LimitsSection
+from appliance.clients import Clients
+from appliance.config import ClientsSection, LimitsSection
 from appliance.server import listen
 from appliance.server.native import NativeServer
 from appliance.wire import native
@@ -312,7 +313,8 @@ def test_all_connections_together_have_so_many_regions(tmp_path, monkeypatch):
             assert one.register(3, region.fd, 4096).error[0] == "overloaded"
 
     async def serve() -> None:
-        server = NativeServer(SimpleNamespace(accepting=True), LimitsSection(), frozenset())
+        engine = SimpleNamespace(accepting=True, clients=Clients(ClientsSection()))
+        server = NativeServer(engine, LimitsSection(), frozenset())
         server.start(listen.unix_socket(path))
         await asyncio.to_thread(converse)
         server.stop_accepting()

@@ -297,6 +297,24 @@ def test_what_triton_offers_and_the_daemon_does_not_is_refused_clearly(client):
     assert status == "StatusCode.INVALID_ARGUMENT"
 
 
+def test_priorities_and_timeouts_are_taken_and_sequences_refused_without_state(client):
+    inputs = [tensor("FP32", ROW)]
+    for options in ({"priority": 1}, {"priority": 3, "timeout": 60_000_000}, {"priority": 2**64 - 1}):
+        assert client.infer("identity", inputs, **options).as_numpy("y").tolist() == ROW.tolist()
+    status, message = refusal(client.infer, "identity", inputs, timeout=-1)
+    assert (status, "negative" in message) == ("StatusCode.INVALID_ARGUMENT", True)
+    for options in ({"sequence_id": 5}, {"sequence_id": 2**63 - 1, "sequence_start": True}, {"sequence_id": "five"}):
+        status, message = refusal(client.infer, "identity", inputs, **options)
+        assert (status, "not stateful" in message) == ("StatusCode.INVALID_ARGUMENT", True)
+
+
+def test_the_configuration_says_how_requests_are_scheduled(client):
+    batching = client.get_model_config("identity").config.dynamic_batching
+    assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
+    assert batching.default_queue_policy.max_queue_size > 0
+    assert {"schedule_policy", "sequence"} <= set(client.get_server_metadata().extensions)
+
+
 def test_async_infer_answers_each_request_with_its_own_tensor(client):
     answers = queue.Queue()
     for index in range(50):

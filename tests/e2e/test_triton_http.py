@@ -158,6 +158,22 @@ def test_a_timeout_that_cannot_be_met_is_504(client):
     assert refusal.value.status() == "504"
 
 
+def test_priorities_and_timeouts_are_taken_and_sequences_refused_without_state(client):
+    given, made = identity_names(client)
+    inputs = [tensor(given, "FP32", ROW)]
+    for options in ({"priority": 1}, {"priority": 3, "timeout": 60_000_000}, {"priority": 1 << 40}):
+        assert client.infer("identity", inputs, **options).as_numpy(made).tolist() == ROW.tolist()
+    assert client.infer("identity", inputs, parameters={"priority_class": "unknown parameters do nothing"})
+    for options in (
+        {"priority": -1},
+        {"sequence_id": 5, "sequence_start": True},
+        {"sequence_id": "five", "sequence_end": True},
+    ):
+        with pytest.raises(InferenceServerException) as refusal:
+            client.infer("identity", inputs, **options)
+        assert refusal.value.status() == "400"
+
+
 def test_what_is_not_offered_is_501_and_inference_goes_on(client):
     for refused in (
         client.get_system_shared_memory_status,

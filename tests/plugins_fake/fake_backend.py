@@ -14,6 +14,7 @@ An artifact of format ``"fake"`` is a JSON object; every key may be left out::
       "in_precision": {"BF16": COMMAND},         # obeyed in every run of a variant of that precision
       "raise_above": {"rows": 4, "says": TEXT},  # a run of more rows raises RuntimeError of this text
       "precision": "FP32",                       # what executed_on reports
+      "streams": 2,                              # runs it takes at the same time; left out, the session does not say
       "resident_bytes": 0                        # memory that loading takes and keeps
     }
 
@@ -91,6 +92,8 @@ class FakeSession:
         self._device = variant.device
         self._precision = behaviour.get("precision", variant.precision)
         self._a_us, self._c_us = behaviour.get("a_us", 0), behaviour.get("c_us", 0)
+        if "streams" in behaviour:
+            self.streams = behaviour["streams"]
         self._on_warmup = behaviour.get("on_warmup")
         self._in_precision = behaviour.get("in_precision", {}).get(variant.precision)
         self._run_gate = behaviour.get("run_gate")

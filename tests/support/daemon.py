@@ -133,6 +133,8 @@ def command_line(pid: int) -> bytes:
 
 
 def _toml(value) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items()) + " }"
     return json.dumps(value)  # strings, numbers, booleans and lists are written alike
 
 

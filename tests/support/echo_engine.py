@@ -5,7 +5,10 @@ import time
 from types import SimpleNamespace
 
 from appliance.call import FINISHED, QUEUED, OutputTable, Plan, PlannedTensor
+from appliance.clients import Clients
+from appliance.config import ClientsSection
 from appliance.errors import KINDS, DeadlineExceeded, ModelNotFound, ModelNotReady
+from appliance.manifest import BatchSection
 from appliance.types import ITEM_BYTES, InferResult, Tensor, Timings
 from appliance.wire.worker import TensorLayout
 
@@ -17,7 +20,9 @@ class EchoInstance:
 
     def __init__(self, engine, name):
         self.accepts = True
-        self.default_timeout_us = 0
+        self.policies = engine.policies
+        self.default_timeout_us = self.policies[0].default_timeout_us
+        self.takes_sequences = engine.takes_sequences
         self.placement = SimpleNamespace(load=SimpleNamespace(model=name, version="1"))
         self._engine = engine
 
@@ -27,12 +32,15 @@ class EchoInstance:
 
 
 class EchoEngine:
-    """Notes what was asked (`requests`: model and time limit), what began and what was withdrawn.
+    """Notes what was asked (`requests`: model, time limit and the like), what began and what was withdrawn.
 
     The model ``hang`` answers after `release`, ``bug`` raises, one named like an error kind raises that error.
     """
 
     def __init__(self):
+        self.clients = Clients(ClientsSection())
+        self.policies = BatchSection().policies()
+        self.takes_sequences = False
         self.requests = []
         self.plans = 0
         self.ready = {"": True, "echo": True}
@@ -69,7 +77,11 @@ class EchoEngine:
 
     def submit(self, name, call):
         limit = (call.deadline_ns - time.monotonic_ns()) // 1000 if call.deadline_ns else 0
-        self.requests.append(SimpleNamespace(model=name, timeout_us=limit))
+        self.requests.append(
+            SimpleNamespace(
+                model=name, timeout_us=limit, priority=call.priority, sequence=call.sequence, client=call.client
+            )
+        )
         self.started.put_nowait(SimpleNamespace(model=name))
         call.state = QUEUED
         task = asyncio.create_task(self._run(name, call, limit))

@@ -26,7 +26,7 @@ class Transport:
         self.is_reading = True
 
     def get_extra_info(self, name):
-        return SimpleNamespace(family=socket.AF_INET)
+        return SimpleNamespace(family=socket.AF_INET, getpeername=lambda: ("127.0.0.1", 40000 + id(self) % 20000))
 
     def set_write_buffer_limits(self, high):
         self.high = high

@@ -34,6 +34,46 @@ def write_identity(
     )
 
 
+#: Session inputs of `write_accumulator` by the manifest's word for the control.
+CONTROLS = {"start": "START", "end": "END", "ready": "READY", "correlation_id": "CORRID"}
+
+
+def write_accumulator(
+    directory: Path, manifest: str = "", sequence: str = "", batch_dimension: bool = True, controls: bool = True
+) -> Path:
+    """A model of sequences: ``y = state_out = state_in / 2 + x``; ``seen`` is what the controls hold, as FP32.
+
+    The order of steps shows in the results, and FP32 holds them exactly for a while. `manifest` is top-level TOML,
+    `sequence` goes into its section.
+    """
+    lead = ["batch"] if batch_dimension else [1]
+    nodes = [
+        helper.make_node("Mul", ["state_in", "half"], ["decayed"]),
+        helper.make_node("Add", ["decayed", "x"], ["state_out"]),
+        helper.make_node("Identity", ["state_out"], ["y"]),
+    ]
+    inputs = [("x", TensorProto.FLOAT, [*lead, 4]), ("state_in", TensorProto.FLOAT, [*lead, 4])]
+    outputs = [("y", TensorProto.FLOAT, [*lead, 4]), ("state_out", TensorProto.FLOAT, [*lead, 4])]
+    lines = ["schema = 1", f'name = "{directory.name}"', manifest]
+    lines += ["[[artifacts]]", 'path = "1/model.onnx"', 'format = "onnx"', "[sequence]", sequence]
+    if controls:
+        types = (TensorProto.FLOAT, TensorProto.INT32, TensorProto.BOOL, TensorProto.INT64)
+        inputs += [(name, type_, [*lead, 1]) for name, type_ in zip(CONTROLS.values(), types, strict=True)]
+        outputs.append(("seen", TensorProto.FLOAT, [*lead, 4]))
+        cast = [f"{name}.float" for name in CONTROLS.values()]
+        nodes += [
+            helper.make_node("Cast", [name], [float_], to=TensorProto.FLOAT)
+            for name, float_ in zip(CONTROLS.values(), cast, strict=True)
+        ]
+        nodes.append(helper.make_node("Concat", cast, ["seen"], axis=1))
+        lines += ["[sequence.controls]", *(f'{word} = "{name}"' for word, name in CONTROLS.items())]
+    half = helper.make_tensor("half", TensorProto.FLOAT, [], [0.5])
+    save(directory, nodes, inputs, outputs, [half])
+    lines += ["[[sequence.state]]", 'input = "state_in"', 'output = "state_out"']
+    (directory / "model.toml").write_text("\n".join(lines))
+    return directory
+
+
 def write_fake(directory: Path, manifest: str = "", version: int = 1, batch: dict | None = None, **behaviour) -> Path:
     """A model of the fake backend: `manifest` is top-level TOML, `batch` its section, the rest its behaviour."""
     path = directory / str(version) / "model.fake"

@@ -34,7 +34,7 @@ class Request:
     inputs: list[Input]
     outputs: list[str] = field(default_factory=list)
     version: str = ""
-    parameters: dict[str, int | str] = field(default_factory=dict)
+    parameters: dict[str, bool | int | float | str] = field(default_factory=dict)
     input_parameters: dict[str, int | str] = field(default_factory=dict)
     id: str = ""
 
@@ -50,10 +50,16 @@ class Request:
         return message
 
 
-def _set(parameters, values: dict[str, int | str]) -> None:
+def _set(parameters, values: dict[str, bool | int | float | str]) -> None:
     for key, value in values.items():
-        if isinstance(value, str):
+        if isinstance(value, bool):
+            parameters[key].bool_param = value
+        elif isinstance(value, str):
             parameters[key].string_param = value
+        elif isinstance(value, float):
+            parameters[key].double_param = value
+        elif value >= 2**63:
+            parameters[key].uint64_param = value
         else:
             parameters[key].int64_param = value
 

@@ -35,7 +35,8 @@ class Run:
     def __init__(self, packet: bytes) -> None:
         header = frames.RUN_HEADER.unpack_from(packet)
         _, self.slot, self.count, self.rows, self.batch, self.wanted = header
-        self.tensors, _ = frames.unpack_layout(packet, frames.RUN_HEADER.size, self.count)
+        self.tensors, end = frames.unpack_layout(packet, frames.RUN_HEADER.size, self.count)
+        self.steps = list(frames.STEP.iter_unpack(packet[end:]))
 
 
 class ScriptedWorker:
@@ -154,13 +155,16 @@ class Ledger:
             self.on_flush()
 
 
-def make_instance(crew: Crew, on_change=lambda: None, batch: dict | None = None, **settings) -> Instance:
-    """An instance whose workers come from `crew`; call within a running loop."""
+def make_instance(
+    crew: Crew, on_change=lambda: None, batch: dict | None = None, sequence: dict | None = None, **settings
+) -> Instance:
+    """An instance whose workers come from `crew`, and whose batches are as large as can be; call within a loop."""
     loop = asyncio.get_running_loop()
     manifest = Manifest(
         name="model",
         artifacts=[ArtifactEntry(path="1/model.onnx", format="onnx")],
-        batch=BatchSection(**(batch or {})),
+        batch=BatchSection(**{"preferred_batch_sizes": [65536], **(batch or {})}),
+        sequence=sequence,
     )
     placement = Placement("fake", "", worker_pb2.Load(model="model", version="1"))
     deadlines = Deadlines(loop, lambda call: call.plan.instance.expire(call))

@@ -170,6 +170,118 @@ def test_options_are_part_of_the_name_but_places_are_not(directory):
     assert names(found) == ["openvino/cpu/FP32/threads=2"]
 
 
+SPLITS = ({}, {"spin": "9"}, {"threads": "1"}, {"streams": "4", "threads": "1"}, {"streams": "2", "threads": "2"})
+
+
+def splitting(*devices):
+    """A backend that offers `SPLITS` on a CPU of 4 cores, and plain variants elsewhere."""
+    variants = {
+        ("onnx", "FP32", device): tuple(
+            Variant("ort", device, "FP32", options) for options in (SPLITS if device == "cpu" else SPLITS[:1])
+        )
+        for device in devices
+    }
+    return backend("ort", devices=devices, variants=variants)
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        ({}, ["", "/spin=9", "/threads=1", "/streams=4/threads=1", "/streams=2/threads=2"]),
+        ({"weight": 3.0}, ["", "/spin=9", "/threads=1", "/streams=4/threads=1", "/streams=2/threads=2"]),
+        ({"streams": 1}, ["", "/spin=9", "/threads=1", "/threads=2"]),
+        ({"streams": 2}, ["/streams=2/threads=2", "/spin=9/streams=2/threads=2", "/streams=2/threads=1"]),
+        ({"streams": 9}, ["/streams=9/threads=1", "/spin=9/streams=9/threads=1"]),
+        ({"threads": 1}, ["/threads=1", "/spin=9/threads=1", "/streams=4/threads=1", "/streams=2/threads=1"]),
+        ({"threads": 2}, ["/threads=2", "/spin=9/threads=2", "/streams=2/threads=2"]),
+        ({"threads": 4}, ["/threads=4", "/spin=9/threads=4"]),
+        ({"streams": 3, "threads": 4}, ["/streams=3/threads=4", "/spin=9/streams=3/threads=4"]),
+    ],
+)
+def test_the_manifest_pins_streams_and_threads_and_leaves_out_what_does_not_go_with_them(directory, wish, expected):
+    found = candidates(directory, manifest(instances=wish), splitting("cpu"))
+    assert [one.name.removeprefix("ort/cpu/FP32") for one in found.found] == expected
+    assert names(found) == [f"ort/cpu/FP32{expected[0]}"], "the first by the rule is the first offer"
+    assert found.reference.name == "ort/cpu/FP32"
+
+
+def test_other_devices_have_streams_and_no_threads(directory):
+    wish = manifest(instances={"streams": 2, "threads": 3})
+    found = candidates(directory, wish, splitting("nvidia0", "cpu"))
+    assert [one.name for one in found.found] == [
+        "ort/nvidia0/FP32/streams=2", "ort/cpu/FP32/streams=2/threads=3", "ort/cpu/FP32/spin=9/streams=2/threads=3"
+    ]  # fmt: skip
+    assert [(one.streams, one.threads) for one in found.found] == [(2, 0), (2, 3), (2, 3)]
+
+
+def test_streams_and_threads_are_told_where_the_backend_chooses_them(directory):
+    found = candidates(directory, manifest(), splitting("cpu", "nvidia0")).found
+    shown = {one.name.partition("FP32")[2]: (one.streams, one.threads) for one in found if one.device.kind == "cpu"}
+    assert shown == {
+        "": (1, 4), "/spin=9": (1, 4), "/threads=1": (1, 1), "/streams=4/threads=1": (4, 1),
+        "/streams=2/threads=2": (2, 2),
+    }  # fmt: skip
+    assert {one.computation for one in found} == {"ort/cpu/FP32", "ort/cpu/FP32/spin=9", "ort/nvidia0/FP32"}
+
+
+def test_a_candidate_is_split_into_one_that_has_one_name_only(directory):
+    plain, spinning, *_, pairs = candidates(directory, manifest(), splitting("cpu")).found
+    for one in (plain, pairs):
+        assert one.split(3, 1).name == "ort/cpu/FP32/streams=3/threads=1"
+        assert one.split(1, 2).name == "ort/cpu/FP32/threads=2"
+        assert one.split(1, 4) == plain
+        assert one.split(2, 2).name == pairs.name
+    assert spinning.split(2, 1).variant.options == {"spin": "9", "streams": "2", "threads": "1"}
+
+
+def asked_for(directory, name, manifest, *backends):
+    found = list_candidates(manifest, directory, "1", records(*backends), MACHINE, (), name)
+    return found.named(name)
+
+
+def test_a_split_that_nobody_offers_is_a_candidate_once_it_is_asked_for(directory):
+    odd = asked_for(directory, "ort/cpu/FP32/spin=9/streams=3/threads=1", manifest(), splitting("cpu"))
+    assert odd.variant.options == {"spin": "9", "streams": "3", "threads": "1"}
+    offered = candidates(directory, manifest(), splitting("cpu"))
+    listed = list_candidates(manifest(), directory, "1", records(splitting("cpu")), MACHINE, (), odd.name)
+    assert listed.found == (*offered.found, odd), "the others keep their places"
+    assert names(listed) == names(offered)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ort/cpu/FP32/spin=7/streams=3/threads=1",
+        "ort/cpu/BF16/streams=3",
+        "other/cpu/FP32/streams=3",
+        "ort/cpu/FP32/streams=0",
+        "ort/cpu/FP32/streams=03",
+        "ort/cpu/FP32/threads=1/streams=3",
+        "ort/cpu/FP32@x/streams=3",
+        "streams=3",
+    ],
+)
+def test_what_differs_in_anything_else_stays_unknown(directory, name):
+    assert asked_for(directory, name, manifest(), splitting("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("wish", "name", "is_allowed"),
+    [
+        ({"instances": {"streams": 2}}, "ort/cpu/FP32/streams=3/threads=1", False),
+        ({"instances": {"streams": 3}}, "ort/cpu/FP32/streams=3/threads=4", True),
+        ({"instances": {"threads": 1}}, "ort/cpu/FP32/streams=3/threads=2", False),
+        ({"instances": {"threads": 1}}, "ort/cpu/FP32/streams=3/threads=1", True),
+        ({"instances": {"threads": 3}}, "ort/nvidia0/FP32/streams=3", True),
+        ({"placement": {"options": {"streams": "2"}}}, "ort/cpu/FP32/streams=3/threads=1", False),
+        ({"placement": {"options": {"threads": "2"}}}, "ort/cpu/FP32/streams=3/threads=2", True),
+    ],
+)
+def test_a_split_that_the_manifest_excludes_is_no_candidate_even_if_asked_for(directory, wish, name, is_allowed):
+    found = asked_for(directory, name, manifest(**wish), splitting("cpu", "nvidia0"))
+    assert (found is not None) is is_allowed
+
+
 def test_a_device_that_cannot_be_used_is_barred_with_the_rung_and_the_fix(directory):
     rung = Rung(Step.OPENABLE, False, "no permission on /dev/dri/renderD128", "sudo usermod -aG render appliance")
     broken = Device("intel-gpu0", "gpu", "a small GPU", 0, is_integrated=True, ladder=(Rung(Step.PRESENT, True), rung))

@@ -192,6 +192,45 @@ def test_one_stalled_point_does_not_move_the_line():
     assert fit_line([(1, 30)]) == (0, 30)
 
 
+def test_throughput_is_that_of_all_streams_and_latency_that_of_a_run_alone():
+    """Two streams: a run takes 160 µs beside another and 90 alone, so 12,500 rows a second against one's 11,111."""
+    found = dataclasses.replace(
+        measured(FAST, 160, 400), points=(Point(1, 160, 1.0, 20, alone_us=90), Point(2, 400, 1.0, 20)), streams=2
+    )
+    assert (found.best_rows, found.latency_us) == (1, 90)
+    assert found.rows_per_second == pytest.approx(2e6 / 160)
+    assert found.line == pytest.approx((240, 0)), "the batcher goes by batches beside others"
+    assert Measurement.from_json(found.as_json()) == found
+
+
+def test_each_objective_weighs_streams_by_its_own_number():
+    """One run on two cores takes 100 µs; two runs on one core each 180, or 150 while the other core is idle."""
+    one = measured(REFERENCE, 100)
+    two = dataclasses.replace(measured(FAST, 180), points=(Point(1, 180, 1.0, 20, alone_us=150),), streams=2)
+    found, evidence, both = (one, two), [judged(FAST)], (REFERENCE, FAST)
+    assert decide(found, evidence, "latency", candidates=both).winner is REFERENCE
+    assert decide(found, evidence, "throughput", candidates=both).winner is FAST
+    assert decide(found, evidence, "balanced", candidates=both).winner is REFERENCE
+
+
+def test_measurements_from_before_there_were_streams_have_one():
+    document = measured(FAST, 50, 90).as_json()
+    del document["streams"]
+    for point in document["points"]:
+        del point["alone_us"]
+    assert Measurement.from_json(document) == measured(FAST, 50, 90)
+
+
+def test_how_cores_are_split_changes_the_speed_and_nothing_of_the_computation():
+    def key_with(**options):
+        return key_of("digest", Variant("a", "cpu", "INT8", options), "a 1", "cpu", "", "workload")
+
+    plain, split = key_with(float="bf16"), key_with(float="bf16", streams="2", threads="1")
+    assert plain.id != split.id
+    assert plain.computation == split.computation == plain
+    assert key_with(float="f32").computation != plain
+
+
 def test_throughput_is_that_of_the_best_batch_size():
     found = measured(FAST, 100, 150, 400)
     assert (found.best_rows, found.latency_us) == (2, 100)

@@ -1,6 +1,8 @@
 """Configuration and manifests: the defaults, and every problem at once, with a suggestion."""
 
 import contextlib
+import json
+import math
 import os
 import random
 import tomllib
@@ -12,7 +14,7 @@ from pydantic import BaseModel
 from appliance.artifacts import resolve_inside, verify_digest
 from appliance.config import Config, LimitsSection, parse_config, read_config, split_address
 from appliance.errors import ArtifactCorrupt, ConfigError, InvalidManifest, InvalidRequest
-from appliance.manifest import check_model_name, parse_manifest, read_manifest
+from appliance.manifest import QueuePolicy, check_model_name, parse_manifest, read_manifest
 from appliance.types import Role
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,6 +59,15 @@ def problems(text: str) -> str:
     ("text", "says"),
     [
         ("[limit]\n", "limit: unknown key, did you mean 'limits'?"),
+        ("[clients]\nmax_requests_in_flight = 0", "clients.max_requests_in_flight: "),
+        ("[clients]\nmax_bytes_in_flight = -1", "clients.max_bytes_in_flight: "),
+        ("[clients]\nweight = {}", "clients.weight: unknown key, did you mean 'weights'?"),
+        ("[clients.weights]\nalice = 0", "clients.weights.alice: "),
+        ("[clients.weights]\nalice = -1.0", "clients.weights.alice: "),
+        ("[clients.weights]\nalice = inf", "clients.weights.alice: "),
+        ("[clients.weights]\nalice = nan", "clients.weights.alice: "),
+        ('[clients.weights]\nalice = "much"', "clients.weights.alice: "),
+        ('[clients.weights]\n"" = 1', "clients.weights"),
         ("[limits]\nmax_conections = 1", "limits.max_conections: unknown key, did you mean 'max_connections'?"),
         ("[log]\nlevle = 'info'", "log.levle: unknown key, did you mean 'level'?"),
         ("[backends.openvino]\nenable = false", "backends.openvino.enable: unknown key, did you mean 'enabled'?"),
@@ -167,6 +178,7 @@ def test_addresses_are_taken_apart():
 
 ARTIFACT = '[[artifacts]]\npath = "1/model.onnx"\nformat = "onnx"\n'
 MODEL = f'schema = 1\nname = "m"\n{ARTIFACT}'
+STATEFUL = MODEL + "[sequence]\nstate = [{input = 'a', output = 'b'}]\n"
 
 
 def manifest_problems(text: str, name: str = "m") -> str:
@@ -204,6 +216,32 @@ def test_versions_are_numbers_and_ordered_as_such():
         (MODEL + 'pth = "x"', "artifacts.0.pth: unknown key, did you mean 'path'?"),
         (MODEL + "[batch]\nmax_queue_sise = 1", "batch.max_queue_sise: unknown key, did you mean 'max_queue_size'?"),
         (MODEL + "[batch]\nmax_queue_size = 0", "batch.max_queue_size: "),
+        (MODEL + "[batch]\nmax_queue_delay_us = -1", "batch.max_queue_delay_us: "),
+        (MODEL + "[batch]\nmax_queue_delay_us = 60_000_001", "batch.max_queue_delay_us: "),
+        (MODEL + "[batch]\npreferred_batch_sizes = [4, 2]", "preferred_batch_sizes must ascend"),
+        (MODEL + "[batch]\npreferred_batch_sizes = [2, 2]", "preferred_batch_sizes must ascend"),
+        (MODEL + "[batch]\npreferred_batch_sizes = [0, 2]", "batch.preferred_batch_sizes.0: "),
+        ("max_batch_size = 4\n" + MODEL + "[batch]\npreferred_batch_sizes = [2, 8]", "and max_batch_size is 4"),
+        ("max_batch_size = 0\n" + MODEL + "[batch]\npreferred_batch_sizes = [1]", "holds 1, and max_batch_size is 0"),
+        (MODEL + "[batch]\ndefault_timeout_ms = 86_400_001", "batch.default_timeout_ms: "),
+        (MODEL + '[batch]\ntimeout_action = "DELAY"', "batch.timeout_action: "),
+        (MODEL + "[batch]\npriority_levels = -1", "batch.priority_levels: "),
+        (MODEL + "[batch]\npriority_levels = 65", "batch.priority_levels: "),
+        (MODEL + "[batch]\npriority_levels = 5", "default_priority_level must say which of the 5 priority_levels"),
+        (
+            MODEL + "[batch]\npriority_levels = 2\ndefault_priority_level = 3",
+            "default_priority_level (3) must be from 1 to 2",
+        ),
+        (MODEL + "[batch]\ndefault_priority_level = 4", "default_priority_level (4) must be from 1 to 3"),
+        (MODEL + "[batch.priority_queue_policy.4]", "priority_queue_policy.4 must be a level from 1 to 3"),
+        (MODEL + "[batch.priority_queue_policy.0]", "a level of priority is a number from 1 to 64"),
+        (MODEL + "[batch.priority_queue_policy.01]", "a level of priority is a number from 1 to 64"),
+        (MODEL + "[batch.priority_queue_policy.interactive]", "a level of priority is a number from 1 to 64"),
+        (MODEL + "[batch.priority_queue_policy.1]\nmax_queue_size = 0", "priority_queue_policy.1.max_queue_size: "),
+        (
+            MODEL + "[batch.priority_queue_policy.1]\nmax_queue_siz = 1",
+            "batch.priority_queue_policy.1.max_queue_siz: unknown key, did you mean 'max_queue_size'?",
+        ),
         (MODEL + "[text]\nbuckets = [32, 16]", "buckets must ascend"),
         (MODEL + "[text]\nbuckets = [16]\nmax_tokens = 17", "the last bucket must hold max_tokens (17)"),
         (MODEL + '[text]\ntokenizer = "../tokenizer.json"', "below the model's directory"),
@@ -215,6 +253,23 @@ def test_versions_are_numbers_and_ordered_as_such():
         (MODEL + '[[inputs]]\nname = "x"\ndatatype = "FP32"\nshape = [-2]', "inputs.0.shape.0: "),
         (MODEL + '[[inputs]]\nname = "x"\ndatatype = "FP32"\nshape = [1]\n' * 2, "inputs must not repeat a name"),
         ('max_batch_size = 99999\n' + MODEL, "max_batch_size: "),
+        (MODEL + "[sequence]", "sequence.state: "),
+        (MODEL + "[sequence]\nstate = []", "sequence.state: "),
+        (STATEFUL + "max_sequences = 0", "sequence.max_sequences: "),
+        (STATEFUL + "idle_seconds = 0", "sequence.idle_seconds: "),
+        (STATEFUL + 'strategy = "newest"', "sequence.strategy: "),
+        (STATEFUL + "[sequence.controls]\nstrat = 's'", "sequence.controls.strat: unknown key, did you mean 'start'?"),
+        (STATEFUL + "[sequence.controls]\nstart = 's'\nend = 's'", "must not name an input twice"),
+        (STATEFUL + "[sequence.controls]\nready = 'a'", "must not name an input twice"),
+        (MODEL + "[sequence]\nstate = [{input = 'a', output = 'b', initial = [[1, nan]]}]", "must not hold nan"),
+        (MODEL + "[sequence]\nstate = [{input = '', output = 'b'}]", "sequence.state.0.input: "),
+        (
+            MODEL + "[sequence]\nstate = [{input = 'a', output = 'b'}, {input = 'c', output = 'b'}]",
+            "must not name an output twice",
+        ),
+        (STATEFUL + "[text]", "sequence does not go with text"),
+        (STATEFUL + "[cache]\nmax_bytes = 1", "sequence does not go with cache"),
+        (STATEFUL + '[image]\ntensor = "a"\nwidth = 8\nheight = 8', "must not both fill 'a'"),
         ("[", "cannot read the manifest of 'm'"),
         ("a = " + "[" * 10_000, "cannot read the manifest of 'm'"),
     ],
@@ -231,6 +286,43 @@ def test_all_problems_of_a_manifest_are_reported_at_once():
     )
     for key in ("artifacts.0.sha256", "batch.max_queue_size", "batch.max_batch_secs", "text.pad_id", "samples.x"):
         assert f"{key}: " in message
+
+
+def test_a_model_that_says_nothing_of_priorities_has_three_levels_with_one_policy():
+    batch = parse_manifest(MODEL, "m").batch
+    assert (batch.levels, batch.default_level) == (3, 2)
+    policies = batch.policies()
+    assert set(policies) == {0, 1, 2, 3}
+    assert set(policies.values()) == {QueuePolicy(4096, 0, False, True)}
+
+
+def test_a_state_may_begin_with_infinity_and_workers_read_it_so():
+    text = MODEL + "[sequence]\nstate = [{input = 'a', output = 'b', initial = [-inf, 2]}]"
+    manifest = parse_manifest(text, "m")
+    assert manifest == parse_manifest(text, "m")
+    read = json.loads(manifest.model_dump_json(by_alias=True))
+    assert read["sequence"]["state"][0]["initial"] == [-math.inf, 2]
+
+
+def test_a_levels_policy_takes_what_it_does_not_say_from_the_model():
+    text = """
+        [batch]
+        max_queue_size = 100
+        default_timeout_ms = 40
+        allow_timeout_override = false
+        priority_levels = 4
+        default_priority_level = 3
+        [batch.priority_queue_policy.1]
+        max_queue_size = 7
+        default_timeout_ms = 0
+        [batch.priority_queue_policy.3]
+        timeout_action = "delay"
+        allow_timeout_override = true
+    """
+    policies = parse_manifest(MODEL + text, "m").batch.policies()
+    assert policies[1] == QueuePolicy(7, 0, False, False)
+    assert policies[2] == policies[4] == QueuePolicy(100, 40_000, False, False)
+    assert policies[0] == policies[3] == QueuePolicy(100, 40_000, True, True)
 
 
 @pytest.mark.parametrize("name", ["m", "0", "a.b-c_d", "x" * 63])

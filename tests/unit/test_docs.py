@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from appliance import errors
 from appliance import main as daemon
 from appliance.config import BackendSection, Config, parse_config
-from appliance.manifest import Manifest
+from appliance.manifest import ControlsSection, Manifest, QueuePolicySection, StateEntry
 from appliance.server.status import GRPC_STATUS, HTTP_STATUS
 from appliance.types import ModelState
 from appliancectl.cli import cli
@@ -32,8 +32,20 @@ MANIFEST_SECTIONS = {
     "[[inputs]]": Manifest.model_fields["inputs"],
     **{
         f"[{name}]": Manifest.model_fields[name]
-        for name in ("text", "image", "classification", "quality", "batch", "placement", "samples")
+        for name in (
+            "text",
+            "image",
+            "classification",
+            "quality",
+            "batch",
+            "sequence",
+            "cache",
+            "placement",
+            "instances",
+            "samples",
+        )
     },
+    "[batch.priority_queue_policy.N]": QueuePolicySection,
 }
 
 
@@ -99,6 +111,10 @@ def test_every_manifest_key_is_documented(heading):
         keys = keys - {"reference"} | {
             f"reference.{key}" for key in key_names(model_of(model.model_fields["reference"]))
         }
+    if heading == "[sequence]":
+        keys -= {"state", "controls"}
+        keys |= {f"state.{key}" for key in StateEntry.model_fields}
+        keys |= {f"controls.{key}" for key in ControlsSection.model_fields}
     described = set(rows(section(page("docs/models.md"), heading)))
     assert keys <= described, f"not described: {keys - described}"
 
@@ -108,9 +124,10 @@ def test_every_section_of_the_manifest_has_a_heading():
     assert sections <= {heading.strip("[]") for heading in MANIFEST_SECTIONS}
 
 
-def test_the_example_manifest_is_one():
-    (example,) = re.findall(r"```toml\n(.*?)```", page("docs/models.md"), re.DOTALL)
-    assert Manifest.model_validate(tomllib.loads(example)).name == "digits"
+def test_the_example_manifests_are_some():
+    examples = re.findall(r"```toml\n(.*?)```", page("docs/models.md"), re.DOTALL)
+    names = [Manifest.model_validate(tomllib.loads(example)).name for example in examples]
+    assert names == ["digits", "running-sum"]
 
 
 def test_every_error_kind_is_documented_with_its_statuses_and_whether_to_retry():

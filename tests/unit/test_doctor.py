@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from appliance.backend import Variant
 from appliance.config import Config
 from appliance.doctor import Severity
 from appliance.doctor.diagnosis import CHECKS, diagnose, is_healthy
@@ -24,6 +25,7 @@ from appliance.inventory.ladder import climb, failed, passed
 from appliance.inventory.nvidia_trouble import refusal_trouble
 from appliance.inventory.survey import survey
 from appliance.inventory.system import Identity
+from appliance.measurement import VariantKey, key_of
 from appliance.plugins import BackendRecord, PluginStatus
 from appliance.registry import RegistryHealth
 from appliance.types import ModelState, ModelStatus
@@ -510,12 +512,17 @@ def without_powers():
         os.seteuid(0)
 
 
+def a_key(precision: str, streams: int = 1, driver: str = "new") -> VariantKey:
+    options = {"streams": str(streams), "threads": "1"} if streams > 1 else {}
+    return key_of("digest", Variant("ort", "cpu", precision, options), "ort 1", "cpu", driver)
+
+
 class _Registry:
     """A registry in which nothing is wrong, with a pin and the measurements of some variants."""
 
     moved_aside = ""
 
-    def __init__(self, *measured: tuple[str, str]) -> None:
+    def __init__(self, *measured: tuple[str, VariantKey]) -> None:
         self._measured = measured
 
     async def check(self):
@@ -526,8 +533,7 @@ class _Registry:
 
     def measurements(self, model):
         return [
-            SimpleNamespace(version=version, measurement=SimpleNamespace(key=SimpleNamespace(id=key)))
-            for version, key in self._measured
+            SimpleNamespace(version=version, measurement=SimpleNamespace(key=key)) for version, key in self._measured
         ]
 
 
@@ -537,7 +543,7 @@ class _Tuner:
     async def options(self, name):
         if name == "gone":
             raise ArtifactCorrupt("cannot read 'model.onnx': no such file")
-        keys = {name: SimpleNamespace(id=f"key-{name}") for name in ("fp32", "bf16")}
+        keys = {precision: a_key(precision) for precision in ("FP32", "BF16")}
         return SimpleNamespace(version="2", keys=keys, candidates=SimpleNamespace(found=list(keys)))
 
     def missing(self, options):
@@ -560,8 +566,9 @@ def gather(tmp_path, backends=None, environment=None, models=(), registry=None) 
 
 
 def test_measurements_of_this_version_that_fit_no_way_to_run_it_are_outdated(tmp_path):
-    """Those of another version are not: they are good for what they were made for."""
-    registry = _Registry(("2", "key-fp32"), ("2", "key-old"), ("1", "key-older"))
+    """Those of another version are not, nor those of streams tried for a while: both are good for what they were."""
+    old = a_key("FP32", driver="old")
+    registry = _Registry(("2", a_key("FP32")), ("2", old), ("1", old), ("2", a_key("FP32", streams=3)))
     (found,) = gather(tmp_path, models=[a_model()], registry=registry).models
     assert (found.ways, found.unmeasured, found.outdated) == (2, 1, 1)
     assert (found.pinned, found.fallback_policy) == ("pinned-one", "allow")

@@ -15,6 +15,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1]))
 
 from appliance import instance as instance_module
+from appliance import slab
 from appliance.errors import (
     ArtifactCorrupt,
     BackendError,
@@ -43,6 +44,12 @@ def run(scenario):
         await turns()
 
     asyncio.run(whole())
+
+
+@pytest.fixture(autouse=True)
+def _eager_workers(monkeypatch):
+    """The worker's next batch is sent as soon as there is one: how long batches take here is chance."""
+    monkeypatch.setattr("appliance.batcher._LEAD_NS", 1 << 62)
 
 
 async def started(crew: Crew | None = None, **options):
@@ -295,14 +302,14 @@ def test_a_batch_that_cannot_be_gathered_fails_and_frees_its_slot(monkeypatch):
     async def scenario():
         instance, crew = await started()
         ledger = Ledger()
-        gather = instance._gatherer.gather
+        gather = instance._dispatcher._gatherer.gather
 
         def broken(calls, memory, region):
             if calls[0].id < 3:
                 raise ValueError("memoryview assignment: lvalue and rvalue have different structures")
             return gather(calls, memory, region)
 
-        monkeypatch.setattr(instance._gatherer, "gather", broken)
+        monkeypatch.setattr(instance._dispatcher._gatherer, "gather", broken)
         for number in range(6):
             instance.submit(make_call(instance, ledger, number))
             await turns()
@@ -436,7 +443,7 @@ def test_slots_that_cannot_be_made_leave_nothing_behind(monkeypatch):
     async def scenario():
         crew = Crew()
         instance = make_instance(crew)
-        create = instance_module.Slab.create
+        create = slab.Slab.create
         count = itertools.count()
 
         def scarce(size, name):
@@ -668,6 +675,32 @@ def test_a_batch_that_runs_too_long_has_its_worker_killed(monkeypatch):
     run(scenario)
 
 
+def test_a_batch_that_hangs_in_one_stream_has_its_worker_killed_however_busily_others_answer(monkeypatch):
+    """Twice its time, since it may have waited behind another before it ran."""
+
+    async def scenario():
+        clock = Clock(monkeypatch)
+        loaded = echo_model(rows=1)
+        loaded.streams = 2
+        instance, crew = await started(Crew(loaded), heartbeat_seconds=1.0, batch={"max_batch_seconds": 4})
+        ledger = Ledger()
+        instance.submit(make_call(instance, ledger, 0))
+        await turns()
+        (hung,) = crew.worker.runs
+        for number in range(1, 10):
+            assert not crew.worker.was_killed
+            instance.submit(make_call(instance, ledger, number))
+            await turns()
+            crew.worker.answer(next(run for run in crew.worker.runs if run is not hung))
+            crew.worker.last_heard_ns = clock.now_ns
+            watched(instance, clock, 1.0)
+        assert crew.worker.was_killed
+        assert set(ledger.answers) == set(range(1, 10))
+        await instance.close()
+
+    run(scenario)
+
+
 def test_a_daemon_that_stood_still_asks_before_it_kills(monkeypatch):
     async def scenario():
         clock = Clock(monkeypatch)
@@ -724,7 +757,7 @@ def test_a_worker_that_answers_nonsense_is_killed(packet, caplog):
         elif packet == "unknown slot":
             slot = 77
         header = frames.DONE_HEADER.pack(frames.Kind.DONE, slot, tensors, 0, number, 0, 0, 0, 0, 0)
-        instance.on_done(memoryview(header), None)
+        instance._dispatcher.on_done(memoryview(header), None)
         assert crew.worker.was_killed
         crew.worker.die()
         assert isinstance(ledger.errors[1], WorkerLost)

@@ -19,14 +19,15 @@ PLUGINS = REPOSITORY / "plugins"
 LAYERS = {
     0: {"", "errors", "types", "problems"},  # values and error classes: no I/O
     1: {
-        "artifacts", "backend", "child", "config", "conversation", "guardian", "heap", "hotplug", "inventory",
+        "alarm", "artifacts", "backend", "child", "config", "conversation", "guardian", "heap", "hotplug", "inventory",
         "lifeline", "manifest", "measurement", "quality", "slab", "stored", "text", "wire",
     },  # read the world, describe it
     2: {
-        "activity", "backlog", "batcher", "call", "candidates", "choice", "chooser", "crashes", "deadline", "doctor",
-        "errands", "explanation", "gather", "hardware", "idler", "instance", "jobs", "metrics", "models", "placement",
-        "planner", "plugins", "poison", "quantizer", "region", "registry", "registry_link", "text_plans", "tuner",
-        "worker_link",
+        "activity", "backlog", "batcher", "cache", "call", "candidates", "choice", "chooser", "clients", "cost_line",
+        "cost_model", "crashes", "deadline", "dispatcher", "doctor", "errands", "explanation", "flights", "gather",
+        "hardware", "idler", "instance", "jobs", "metrics", "models", "placement", "planner", "plugins", "poison",
+        "policy", "quantizer", "region", "registry", "registry_link", "sequences", "shares", "single_flight", "split",
+        "steps", "text_plans", "tuner", "waiting", "worker_link",
     },  # decide and hold state; each owns its own
     3: {"engine"},  # the one way from a validated request to a result
     4: {"server"},  # transports: decode, call the engine, encode
@@ -213,9 +214,14 @@ def test_packages_stay_where_they_belong(package):
 IGNORANT = {
     "appliance.worker": ({"asyncio"}, "a worker does one thing at a time"),
     "appliance.batcher": ({"asyncio", "socket", "time"}, "the queue knows no clock and no connection"),
+    "appliance.cost_line": ({"asyncio", "socket", "time", "os"}, "what batches cost is arithmetic"),
+    "appliance.cost_model": ({"asyncio", "socket", "time", "os"}, "what batches cost is arithmetic"),
+    "appliance.sequences": ({"asyncio", "socket", "time"}, "who is next depends on no clock and no connection"),
     "appliance.planner": ({"asyncio", "socket", "time", "os"}, "checking a head is arithmetic"),
     "appliance.gather": ({"asyncio", "socket", "time", "os"}, "laying out a batch is arithmetic"),
     "appliance.call": ({"asyncio", "socket", "os"}, "a call is a value with a state"),
+    "appliance.cache": ({"asyncio", "socket", "time", "os"}, "what is kept, and for how long, knows no clock"),
+    "appliance.single_flight": ({"asyncio", "socket", "os"}, "who waits for whom is bookkeeping"),
     "appliance.errors": ({"os", "socket", "logging"}, "errors are values"),
     "appliance.types": ({"os", "socket", "logging"}, "values have no effects"),
     "appliance.wire": ({"asyncio", "socket", "time", "os"}, "frames are bytes"),
@@ -306,7 +312,7 @@ CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml
 #: The wall clock jumps: intervals and deadlines are CLOCK_MONOTONIC. These show a date to people.
 WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.datetime.now"}
 SHOWN_TO_PEOPLE = {
-    "appliance.instance",
+    "appliance.dispatcher",
     "appliance.quantizer",
     "appliance.tuner",
     "appliance.server.http_app",

@@ -14,8 +14,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from appliance.config import Config
 from appliance.engine import Engine
-from appliance.errors import Conflict, InvalidRequest, NoPlacement
-from appliance.explanation import explain
+from appliance.errors import Conflict, InvalidRequest, ModelNotReady, NoPlacement
+from appliance.explanation import explain, explain_instances
 from appliance.inventory import Device, Inventory, Rung, Step
 from appliance.jobs import JobState
 from appliance.types import InferRequest, ModelState, Tensor
@@ -434,6 +434,96 @@ def test_a_pin_holds_against_measurements_and_restarts_until_it_is_taken_back(tm
 
     run(tmp_path, first)
     run(tmp_path, second)
+
+
+TWO = "quick/cpu/FP32/streams=2/threads=1"
+
+
+async def instances(engine) -> dict:
+    options = await engine.tuner.options("model")
+    status = engine.model("model").status()
+    return explain_instances(options, engine.chooser.decide(options, status.variant), status)
+
+
+def test_streams_changed_by_hand_hold_against_measurements_and_restarts_until_they_are_taken_back(tmp_path):
+    write(tmp_path / "models" / "model", us={"FP32": 400, "BF16": 900})
+
+    async def first(engine):
+        before = await instances(engine)
+        assert (before["variant"], before["streams"], before["threads"]) == ("quick/cpu/FP32", 1, 2)
+        await engine.tuner.split("model", 2, None)
+        status = engine.model("model").status()
+        assert (status.variant, status.chosen_by, status.streams) == (TWO, "pinned", 2)
+        after = await instances(engine)
+        assert (after["streams"], after["threads"], after["cores"]) == (2, 1, 2)
+        assert [one["variant"] for one in after["splits"]] == ["quick/cpu/FP32", TWO]
+        await engine.tuner.split("model", 3, 4)
+        assert engine.model("model").status().variant == "quick/cpu/FP32/streams=3/threads=4"
+        await engine.tuner.split("model", None, 1)
+        assert engine.model("model").status().variant == TWO, "as many streams as use all cores"
+        await tuned(engine)
+        assert engine.model("model").status().variant == TWO
+        measured = (await candidate(engine, TWO))["measurement"]
+        assert measured["streams"] == 2
+        assert measured["points"][0]["alone_us"] > 0
+
+    async def second(engine):
+        assert engine.model("model").status().variant == TWO
+        await engine.tuner.unpin("model")
+        assert engine.model("model").status().variant == "quick/cpu/FP32"
+        assert TWO not in [one["name"] for one in (await explained(engine))["candidates"]]
+
+    run(tmp_path, first)
+    run(tmp_path, second)
+
+
+def test_the_split_of_a_candidate_shares_its_evidence(tmp_path):
+    write(tmp_path / "models" / "model", us={"FP32": 900, "BF16": 400})
+
+    async def scenario(engine):
+        assert "quick/cpu/BF16" in (await tuned(engine))["checked"]
+        await engine.tuner.split("model", 2, 1)
+        split = "quick/cpu/BF16/streams=2/threads=1"
+        assert engine.model("model").status().variant == split
+        assert split in (await tuned(engine))["measured"]
+        assert (await tuned(engine))["checked"] == []
+        both = [(await candidate(engine, name))["evidence"] for name in ("quick/cpu/BF16", split)]
+        assert both[0] == both[1] is not None
+        again = (await tuned(engine, is_fresh=True))["checked"]
+        assert sorted(again) == ["quick/cpu/BF16", "slow/cpu/BF16"]
+
+    run(tmp_path, scenario)
+
+
+def test_streams_that_cannot_be_are_refused_and_nothing_changes(tmp_path):
+    write(tmp_path / "models" / "model", manifest='instances.threads = 1\nplacement.backend = "quick"')
+
+    async def scenario(engine):
+        was = engine.model("model").status().variant
+        with pytest.raises(InvalidRequest, match=r"\[instances\] of its manifest says threads = 1"):
+            await engine.tuner.split("model", 2, 2)
+        await engine.tuner.split("model", 2, 1)
+        assert engine.model("model").status().variant == TWO
+        await engine.tuner.unpin("model")
+        assert engine.model("model").status().variant == was
+        await engine.unload("model")
+        with pytest.raises(ModelNotReady, match="it is unloaded"):
+            await engine.tuner.split("model", 2, 1)
+
+    run(tmp_path, scenario)
+
+
+def test_a_device_without_threads_refuses_them(tmp_path):
+    write(tmp_path / "models" / "model", manifest='placement.device = "nvidia0"')
+
+    async def scenario(engine):
+        with pytest.raises(InvalidRequest, match="runs on nvidia0, which has none"):
+            await engine.tuner.split("model", 2, 1)
+        await engine.tuner.split("model", 2, None)
+        status = engine.model("model").status()
+        assert (status.variant, status.streams) == ("quick/nvidia0/FP32/streams=2", 2)
+
+    run(tmp_path, scenario, devices=(CPU, GPU))
 
 
 def test_a_pinned_device_that_is_missing_at_the_start_is_no_silent_fall_back(tmp_path):

@@ -106,13 +106,13 @@ async def _model_facts(model: "Model", tuner: "Tuner", registry: "Registry", swa
         options = await tuner.options(status.name)
     except ApplianceError:  # its files changed since it was loaded; loading it will say so
         return facts
-    keys = {key.id for key in options.keys.values()}
+    known = {key.computation.id for key in options.keys.values()}  # cores may have been split otherwise for a while
     of_version = [each for each in registry.measurements(status.name) if each.version == options.version]
     return replace(
         facts,
         ways=len(options.candidates.found),
         unmeasured=len(tuner.missing(options)),
-        outdated=sum(each.measurement.key.id not in keys for each in of_version),
+        outdated=sum(each.measurement.key.computation.id not in known for each in of_version),
     )
 
 

@@ -38,6 +38,8 @@ METHOD_ROLE: Final[dict[str, Role]] = {
     "VariantRemove": Role.ADMIN,
     "Pin": Role.ADMIN,
     "Unpin": Role.ADMIN,
+    "Instances": Role.INFER,
+    "InstancesChange": Role.ADMIN,
     "Doctor": Role.ADMIN,
 }
 
@@ -49,6 +51,15 @@ def peer_of(sock: socket.socket, transport: str, admin_uids: Container[int]) -> 
     pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     role = Role.ADMIN if uid in admin_uids else Role.INFER
     return Peer(transport=transport, role=role, uid=uid, gid=gid, pid=pid)
+
+
+def address_of(sock: socket.socket) -> str:
+    """``host:port`` of the other end of a TCP connection; empty where it is gone already."""
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return ""
+    return f"{host}:{port}"
 
 
 def may(role: Role, method: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from appliance import __version__
 from appliance.metrics import ModelStatistics
-from appliance.types import ModelState, ModelStatus
+from appliance.types import CostStatus, ModelState, ModelStatus
 
 #: A sample: further labels, and the value.
 Sample = tuple[dict[str, str], float]
@@ -41,6 +41,10 @@ def _batches(_: ModelStatus, statistics: ModelStatistics) -> Iterator[Sample]:
         yield {"rows": str(rows)}, statistics.batches[rows].compute_infer.count
 
 
+def _cost(value: Callable[[CostStatus], float]) -> Callable[[ModelStatus, ModelStatistics], Iterable[Sample]]:
+    return lambda status, _: (({"units": str(cost.units)}, value(cost)) for cost in status.costs)
+
+
 def _placement(status: ModelStatus, _: ModelStatistics) -> Iterator[Sample]:
     if status.variant:
         labels = ("variant", "chosen_by", "requested_device", "device", "provider", "precision", "runtime")
@@ -69,7 +73,7 @@ MODEL_METRICS: Final = (
     ModelMetric("requests_failed_total", "counter", "Requests failed after admission", _one(lambda _, c: c.fail.count)),
     ModelMetric("requests_cancelled_total", "counter", "Requests withdrawn or expired", _one(lambda _, c: c.cancelled)),
     ModelMetric("requests_refused_total", "counter", "Requests not admitted, by error kind", _refused),
-    ModelMetric("rows_total", "counter", "Rows answered", _one(lambda _, c: c.inference_count)),
+    ModelMetric("rows_total", "counter", "Rows run", _one(lambda _, c: c.inference_count)),
     ModelMetric("batches_total", "counter", "Batches run", _one(lambda _, c: c.execution_count)),
     ModelMetric("batches_by_rows_total", "counter", "Batches run, by their number of rows", _batches),
     ModelMetric("request_seconds_total", "counter", "Admission to answer", _one(lambda _, c: c.success.ns / 1e9)),
@@ -89,6 +93,41 @@ MODEL_METRICS: Final = (
     ModelMetric(
         "postprocess_seconds_total", "counter", "Labels and scores, by batch", _one(lambda _, c: c.postprocess.ns / 1e9)
     ),
+    ModelMetric(
+        "cost_slope_seconds", "gauge", "What a row adds to a batch, by units", _cost(lambda c: c.slope_us / 1e6)
+    ),
+    ModelMetric(
+        "cost_intercept_seconds",
+        "gauge",
+        "What a batch takes whatever its rows, by units",
+        _cost(lambda c: c.intercept_us / 1e6),
+    ),
+    ModelMetric(
+        "cost_spread_ratio", "gauge", "Relative standard deviation of batches, by units", _cost(lambda c: c.spread)
+    ),
+    ModelMetric(
+        "cost_scale_ratio",
+        "gauge",
+        "What batches take now to what was measured, by units",
+        lambda s, _: (({"units": str(cost.units)}, cost.scale) for cost in s.costs if cost.scale is not None),
+    ),
+    ModelMetric(
+        "cache_hits_total", "counter", "Requests answered from the cache", _one(lambda _, c: c.cache_hit.count)
+    ),
+    ModelMetric(
+        "cache_misses_total", "counter", "Requests looked up in vain that ran", _one(lambda _, c: c.cache_miss.count)
+    ),
+    ModelMetric(
+        "cache_joined_total",
+        "counter",
+        "Requests answered with an equal one in flight",
+        _one(lambda _, c: c.cache_joined),
+    ),
+    ModelMetric(
+        "cache_evictions_total", "counter", "Answers dropped for room or age", _one(lambda _, c: c.cache_evictions)
+    ),
+    ModelMetric("cache_answers", "gauge", "Answers in the cache", _one(lambda s, _: s.cache.answers if s.cache else 0)),
+    ModelMetric("cache_bytes", "gauge", "Memory of the cache", _one(lambda s, _: s.cache.nbytes if s.cache else 0)),
 )
 
 #: Metrics of the daemon itself: name without the prefix, help.

@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from appliance.config import Config
-from appliance.server.access import peer_of
+from appliance.server.access import address_of, peer_of
 from appliance.server.budget import BodyBudget
 from appliance.server.grpc_connection import GrpcConnection
 from appliance.server.grpc_heads import InferHeads
@@ -83,13 +83,14 @@ class GrpcServer:
         sock: socket.socket | None = transport.get_extra_info("socket")
         if sock is None or self._is_stopping or len(self._connections) >= self._max_connections:
             return None
-        peer = Peer("grpc", self._tcp_role)
         if sock.family == socket.AF_UNIX:
             try:
-                peer = peer_of(sock, "grpc", self._admin_uids)
+                peer, address = peer_of(sock, "grpc", self._admin_uids), ""
             except OSError:
                 return None
-        answering = self._connections[connection] = GrpcConnection(self, connection, peer)
+        else:
+            peer, address = Peer("grpc", self._tcp_role), address_of(sock)
+        answering = self._connections[connection] = GrpcConnection(self, connection, peer, address)
         self._is_empty.clear()
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(self._period, self._sweep)

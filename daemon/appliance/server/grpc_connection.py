@@ -27,7 +27,7 @@ from appliance.server.native_head import encode_answer_head
 from appliance.server.oip import dispatch_unary
 from appliance.server.oip_wire import varint
 from appliance.server.status import GRPC_STATUS, GrpcStatus
-from appliance.types import Buffer, Peer, Timings
+from appliance.types import NO_OPTIONS, Buffer, Peer, Timings
 
 if TYPE_CHECKING:
     from appliance.engine import Engine
@@ -54,10 +54,11 @@ class GrpcConnection:
         peer: Who it is.
     """
 
-    def __init__(self, service: Service, connection: Connection, peer: Peer) -> None:
+    def __init__(self, service: Service, connection: Connection, peer: Peer, address: str = "") -> None:
         self.peer = peer
         self._service = service
         self._engine = service.engine
+        self._client = service.engine.clients.enter(peer, address)
         self._heads = service.heads
         self._max_bytes = service.max_message_bytes
         self._connection = connection
@@ -123,8 +124,11 @@ class GrpcConnection:
         try:
             if not self._may_infer:
                 authorise(self.peer, "ModelInfer")
-            head, call, stream.work = self._heads.read(body, self.peer, self, number)
-            call.limit(timeout_us, head.timeout_us, head.plan.instance.default_timeout_us)
+            head, call, stream.work = self._heads.read(body, self.peer, self._client, self, number)
+            if head.options is not NO_OPTIONS:
+                call.ask(head.options, timeout_us)
+            elif timeout_us or head.plan.instance.default_timeout_us:
+                call.limit(timeout_us, head.plan.instance.default_timeout_us)
             self._calls[number] = call
             self._engine.submit(head.model, call)
         except ApplianceError as error:
@@ -146,7 +150,8 @@ class GrpcConnection:
             async with asyncio.timeout(limit_us / 1e6 if limit_us else None):
                 if taken is None:
                     authorise(self.peer, request.method)
-                    await InferStream(self._engine, self.peer, call, self._service.max_request_bytes).run()
+                    max_bytes = self._service.max_request_bytes
+                    await InferStream(self._engine, self.peer, self._client, call, max_bytes).run()
                 else:
                     await self._answer(request, call, await call.inflate(taken))
         except CallRefused as refusal:
@@ -232,6 +237,7 @@ class GrpcConnection:
         """The connection is gone."""
         for stream in tuple(self._connection.streams.values()):
             self.withdrawn(stream)
+        self._engine.clients.leave(self._client)
 
     def give_up(self) -> None:
         """The daemon stops now: what is still running ends as unavailable."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from appliance.call import Call, Sink
+from appliance.clients import Client
 from appliance.planner import check_contents
 from appliance.server.native_head import Head, check_inline, read_inline
 from appliance.server.oip_infer import MAX_ID_CHARACTERS
@@ -45,7 +46,7 @@ class InferHeads:
         self._engine = engine
         self._known: dict[bytes, list[_Known]] = {}
 
-    def read(self, body: Buffer, peer: Peer, sink: Sink, number: int) -> tuple[Head, Call, bytes]:
+    def read(self, body: Buffer, peer: Peer, client: Client, sink: Sink, number: int) -> tuple[Head, Call, bytes]:
         """Validate a serialised ModelInferRequest.
 
         Returns:
@@ -73,24 +74,25 @@ class InferHeads:
                 if body[position:start] == content and body[start] == _RAW_TAG and head.plan.instance.accepts:
                     contents = _split_raw(body, start)
                     if _fits(head, contents) and (not id_field or _id_is_valid(id_field)):
-                        call = Call(head.plan, contents, sink, number)
+                        call = Call(head.plan, contents, sink, number, 0, client)
                         if head.plan.has_bytes:
                             call.nbytes = check_contents(head.plan, head.names, contents)
                         return head, call, id_field
         except (IndexError, ValueError):
-            return self._read_new(body, peer, sink, number, None)
-        return self._read_new(body, peer, sink, number, (names, position))
+            return self._read_new(body, peer, client, sink, number, None)
+        return self._read_new(body, peer, client, sink, number, (names, position))
 
     def _read_new(
-        self, body: Buffer, peer: Peer, sink: Sink, number: int, split: tuple[bytes, int] | None
+        self, body: Buffer, peer: Peer, client: Client, sink: Sink, number: int, split: tuple[bytes, int] | None
     ) -> tuple[Head, Call, bytes]:
         message, raw = parse_infer(body)
         head, contents = read_inline(self._engine, message, raw, peer)
-        call = Call(head.plan, contents, sink, number)
+        call = Call(head.plan, contents, sink, number, 0, client)
         call.nbytes = check_inline(head, contents)
         request_id = message.id.encode()
         id_field = b"\x1a" + varint(len(request_id)) + request_id if request_id else b""
-        if split is not None and len(raw) == len(head.names) > 0:
+        # heads of sequences, a new one for each, would drive the others out
+        if split is not None and len(raw) == len(head.names) > 0 and head.options.sequence is None:
             self._remember(body, *split, head)
         return head, call, id_field
 

@@ -8,6 +8,7 @@ after answers that were not marked final.
 import asyncio
 from typing import TYPE_CHECKING, Final, Protocol
 
+from appliance.clients import Client
 from appliance.errors import ApplianceError, Overloaded
 from appliance.server.grpc_errors import log_unexpected
 from appliance.server.grpc_message import CallRefused
@@ -55,6 +56,7 @@ class InferStream:
     Args:
         engine: What answers.
         peer: Who asks.
+        client: Whose account the requests go on.
         call: Where requests come from and answers go.
         max_bytes: Bytes of requests in flight beyond which no more is read.
         stall_seconds: How long one answer may stay unread.
@@ -64,12 +66,14 @@ class InferStream:
         self,
         engine: "Engine",
         peer: Peer,
+        client: Client,
         call: Messages,
         max_bytes: int,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
         self._engine = engine
         self._peer = peer
+        self._client = client
         self._call = call
         self._max_bytes = max_bytes
         self._stall_seconds = stall_seconds
@@ -123,7 +127,7 @@ class InferStream:
             message, raw = parse_infer(body)
             check_request_id(message.id)
             request_id = message.id
-            request = request_from_message(message, self._peer, self._call.remaining_us(), raw)
+            request = request_from_message(message, self._peer, self._call.remaining_us(), raw, self._client)
             result = await self._engine.infer(request)
             response = message_from_result(result, request_id, with_content=False)
             response.parameters["triton_final_response"].bool_param = True

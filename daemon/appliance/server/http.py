@@ -32,6 +32,7 @@ class HttpServer:
 
     def __init__(self, engine: "Engine", config: Config) -> None:
         self._config = config
+        self._clients = engine.clients
         self._app = HttpApp(engine, config)
         self._state = ServerState()
         self._uvicorn = UvicornConfig(
@@ -60,7 +61,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
 
         def connect() -> Connection:
-            return Connection(self._uvicorn, self._state, self._config, loop)
+            return Connection(self._uvicorn, self._state, self._config, self._clients, loop)
 
         if unix_socket is not None:
             self._servers.append(await loop.create_unix_server(connect, sock=unix_socket, backlog=_BACKLOG))

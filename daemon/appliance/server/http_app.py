@@ -210,11 +210,11 @@ class HttpApp:
     async def _infer(self, request: Request) -> Response:
         header_length = request.headers.get(b"inference-header-content-length")
         json, tail = split_body(request.body, header_length)
-        names, peer = request.names, request.connection.peer
+        model, version, connection = request.names["model"], request.names["version"], request.connection
         call: RestInfer = await self._off_loop(
-            len(json) > INLINE_BYTES, decode_infer, names["model"], names["version"], json, tail, peer
+            len(json) > INLINE_BYTES, decode_infer, model, version, json, tail, connection.peer, connection.account
         )
-        with request.connection.withdrawn_on_loss():
+        with connection.withdrawn_on_loss():
             result = await self._engine.infer(call.request)
         parts, json_bytes = await self._off_loop(_wants_heavy_json(call, result), encode_infer, call, result)
         if json_bytes is None:

@@ -17,8 +17,9 @@ from uvicorn.config import Config as UvicornConfig
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from appliance.clients import NOBODY, Clients
 from appliance.config import Config
-from appliance.server.access import peer_of
+from appliance.server.access import address_of, peer_of
 from appliance.types import Buffer, Peer
 
 #: Bytes of a request's line and headers together.
@@ -71,19 +72,27 @@ class Connection(HttpToolsProtocol):
 
     Attributes:
         peer: Who is on the other end, from SO_PEERCRED on the Unix socket.
+        account: The client its requests are counted for.
         is_unix: True on the Unix socket.
         is_over_cap: True where the server already had all the connections it may have; its requests are refused.
     """
 
     def __init__(
-        self, uvicorn: UvicornConfig, state: ServerState, config: Config, loop: asyncio.AbstractEventLoop
+        self,
+        uvicorn: UvicornConfig,
+        state: ServerState,
+        config: Config,
+        clients: Clients,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(uvicorn, state, {}, loop)
         self.logger = _QUIET
         self.access_log = False
         self.peer = Peer(transport="http", role=config.access.tcp_role)
+        self.account = NOBODY
         self.is_unix = False
         self.is_over_cap = False
+        self._clients = clients
         self._settings = config
         self._admin_uids = frozenset((0, os.geteuid(), *config.access.admin_uids))
         self._header_bytes = 0
@@ -113,6 +122,7 @@ class Connection(HttpToolsProtocol):
             except OSError:
                 transport.abort()
                 return
+        self.account = self._clients.enter(self.peer, "" if self.is_unix else address_of(sock))
         self._waiting_since = self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -120,6 +130,8 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._inference is not None:
             self._inference.cancel()
+        if self.account is not NOBODY:
+            self._clients.leave(self.account)
 
     @contextmanager
     def withdrawn_on_loss(self) -> Iterator[None]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from appliance.backend import MAX_STREAMS, MAX_THREADS
 from appliance.errors import InvalidRequest
-from appliance.explanation import explain
+from appliance.explanation import explain, explain_instances
 from appliance.quantizer import DEFAULT_ROWS
 from appliance.server.http_message import Request, Response, json_response
 from appliance.server.http_routes import Route
@@ -33,6 +34,8 @@ class TuningRoutes:
             Route("POST", f"{model}/variants/remove", "VariantRemove", self._remove_variant),
             Route("POST", f"{model}/pin", "Pin", self._pin),
             Route("POST", f"{model}/unpin", "Unpin", self._unpin),
+            Route("GET", f"{model}/instances", "Instances", self._instances),
+            Route("POST", f"{model}/instances", "InstancesChange", self._change_instances),
             Route("GET", "/admin/jobs", "Jobs", self._jobs),
             Route("GET", "/admin/jobs/{job}", "Jobs", self._job),
             Route("POST", "/admin/jobs/{job}/cancel", "JobCancel", self._cancel),
@@ -87,6 +90,25 @@ class TuningRoutes:
         await self._engine.tuner.unpin(request.names["model"])
         return json_response(await self._explanation(request.names["model"]))
 
+    async def _instances(self, request: Request) -> Response:
+        engine, name = self._engine, request.names["model"]
+        options = await engine.tuner.options(name)
+        status = engine.model(name).status()
+        return json_response(explain_instances(options, engine.chooser.decide(options, status.variant), status))
+
+    async def _change_instances(self, request: Request) -> Response:
+        body = _Fields(request, "streams", "threads", "auto")
+        name = request.names["model"]
+        streams, threads = body.count("streams", MAX_STREAMS), body.count("threads", MAX_THREADS)
+        is_free = streams is None and threads is None
+        if body.flag("auto") is not is_free:
+            raise InvalidRequest("cannot change instances: give 'streams', 'threads' or both, or 'auto' alone")
+        if is_free:
+            await self._engine.tuner.unpin(name)
+        else:
+            await self._engine.tuner.split(name, streams, threads)
+        return await self._instances(request)
+
     async def _jobs(self, _: Request) -> Response:
         return json_response({"jobs": [job.as_json() for job in self._engine.jobs.listed()]})
 
@@ -125,6 +147,15 @@ class _Fields:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
             raise InvalidRequest(f"cannot use {name!r}: it must be a number above 0")
         return float(value)
+
+    def count(self, name: str, most: int) -> int | None:
+        """A whole number from 1 to `most`, or None where it is missing."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if type(value) is not int or not 1 <= value <= most:
+            raise InvalidRequest(f"cannot use {name!r}: it must be a number from 1 to {most}")
+        return value
 
     def texts(self, name: str) -> dict[str, str]:
         """An object of strings, empty where it is missing."""

@@ -27,7 +27,7 @@ from appliance.server.budget import BodyBudget
 from appliance.server.native_large import LargeFrame
 from appliance.server.oip import dispatch_unary, parse_infer
 from appliance.slab import Slab
-from appliance.types import Buffer, Peer, Timings
+from appliance.types import NO_OPTIONS, Buffer, Peer, Timings
 from appliance.wire import native
 from appliance.wire.native import HEADER, Frame
 
@@ -98,6 +98,7 @@ class NativeConnection:
         self._fd = connection.fileno()
         self._loop = asyncio.get_running_loop()
         self.peer = peer
+        self._client = lobby.engine.clients.enter(peer)
         self._waiting_since_ns = time.monotonic_ns()  # for the rest of the handshake or of a frame; 0: nothing is owed
         self._unread_since_ns = 0  # since when too many answers lie unread; 0: they do not
         self._pause_bytes = min(_PAUSE_BYTES, lobby.limits.max_unsent_bytes)
@@ -238,10 +239,13 @@ class NativeConnection:
                     contents: list[Buffer] = [tail]
                 else:
                     contents, _, _ = native_head.split_tail(head, tail, self._regions)
-                call = Call(head.plan, contents, self, number)
+                call = Call(head.plan, contents, self, number, 0, self._client)
             else:
                 head, call = self._first_call(number, head_bytes, tail, head)
-            call.limit(timeout_us, head.timeout_us, head.plan.instance.default_timeout_us)
+            if head.options is not NO_OPTIONS:
+                call.ask(head.options, timeout_us)
+            elif timeout_us or head.plan.instance.default_timeout_us:
+                call.limit(timeout_us, head.plan.instance.default_timeout_us)
             self._calls[number] = call
             self._engine.submit(head.model, call)
         except ApplianceError as error:
@@ -264,7 +268,7 @@ class NativeConnection:
                 if len(tail):
                     raise InvalidRequest("cannot read the request: it has tensors both in its message and behind it")
                 head, inline = native_head.read_inline(self._engine, message, raw, self.peer)
-                call = Call(head.plan, inline, self, number)
+                call = Call(head.plan, inline, self, number, 0, self._client)
                 call.nbytes = native_head.check_inline(head, inline)
                 return head, call
             head = native_head.read_head(self._engine, message)
@@ -273,7 +277,7 @@ class NativeConnection:
                     self._heads.clear()
                 self._heads[head_bytes] = head
         contents, views, total = native_head.split_tail(head, tail, self._regions)
-        call = Call(head.plan, contents, self, number)
+        call = Call(head.plan, contents, self, number, 0, self._client)
         call.nbytes = total
         if views:
             call.use_regions(views)
@@ -545,6 +549,7 @@ class NativeConnection:
         self._heads.clear()
         self._out.clear()
         self._backlog.clear()
+        self._engine.clients.leave(self._client)
         self._lobby.left(self)
 
 

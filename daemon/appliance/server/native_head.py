@@ -8,7 +8,7 @@ from appliance.errors import Cancelled, InvalidRequest
 from appliance.planner import check_contents
 from appliance.region import Region
 from appliance.server.oip_infer import check_request_id, read_outputs, read_parameters, request_from_message, shown
-from appliance.types import Buffer, Peer
+from appliance.types import NO_OPTIONS, Buffer, Peer, RequestOptions
 from appliance.wire.elements import check_elements, end_of_elements
 from appliance.wire.open_inference_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 
@@ -48,7 +48,7 @@ class Head(NamedTuple):
         sources: For each input the region its bytes lie in, or None for the tail.
         sizes: For each input its bytes, -1 for BYTES.
         tail: Bytes the tail must have; -1 where an input of BYTES makes that a matter of its content.
-        timeout_us: The ``timeout`` parameter, 0 for none.
+        options: What its parameters ask for; NO_OPTIONS itself where they ask for nothing.
         has_regions: True where a source is a region.
     """
 
@@ -58,7 +58,7 @@ class Head(NamedTuple):
     sources: tuple[RegionSource | None, ...]
     sizes: tuple[int, ...]
     tail: int
-    timeout_us: int
+    options: RequestOptions
     has_regions: bool
 
 
@@ -70,7 +70,7 @@ def read_head(engine: "Engine", message: ModelInferRequest) -> Head:
     """
     if message.id:
         check_request_id(message.id)
-    timeout_us = read_parameters(message.parameters, 0)
+    options = read_parameters(message.parameters) if message.parameters else NO_OPTIONS
     heads = [(tensor.name, tensor.datatype, tuple(tensor.shape)) for tensor in message.inputs]
     sources = tuple(_source(tensor.name, tensor.parameters) for tensor in message.inputs)
     plan = engine.plan(message.model_name, message.model_version, heads, read_outputs(message))
@@ -89,7 +89,7 @@ def read_head(engine: "Engine", message: ModelInferRequest) -> Head:
             tail = -1 if size < 0 or tail < 0 else tail + size
     names = tuple(head[0] for head in heads)
     has_regions = any(source is not None for source in sources)
-    return Head(message.model_name, plan, names, sources, sizes, tail, timeout_us, has_regions)
+    return Head(message.model_name, plan, names, sources, sizes, tail, options, has_regions)
 
 
 def _source(name: str, parameters: Mapping[str, InferParameter]) -> RegionSource | None:
@@ -132,7 +132,7 @@ def read_inline(
     plan = engine.plan(request.model, request.version, heads, request.outputs)
     names = tuple(tensor.name for tensor in request.inputs)
     sizes = tuple(tensor.byte_length for tensor in plan.tensors)
-    head = Head(request.model, plan, names, (None,) * len(names), sizes, 0, request.timeout_us, False)
+    head = Head(request.model, plan, names, (None,) * len(names), sizes, 0, request.options, False)
     return head, [tensor.content for tensor in request.inputs]
 
 

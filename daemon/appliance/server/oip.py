@@ -13,12 +13,12 @@ from appliance import __version__
 from appliance.errors import InvalidRequest, ModelNotFound, Unimplemented
 from appliance.metrics import Duration, ModelStatistics
 from appliance.server.access import authorise
+from appliance.server.model_config import scheduling
 from appliance.server.oip_infer import (
     check_request_id,
     message_from_result,
     request_from_message,
     serialise_result,
-    shorten,
     shown,
 )
 from appliance.server.oip_wire import parse_infer, parse_message
@@ -41,13 +41,15 @@ __all__ = [
     "parse_infer",
     "request_from_message",
     "serialise_result",
-    "shorten",
     "shown",
     "statistics_message",
 ]
 
 #: Extensions ServerMetadata reports, in Triton's words.
-EXTENSIONS: Final = ("model_repository", "model_configuration", "statistics", "binary_tensor_data", "parameters")
+EXTENSIONS: Final = (
+    "model_repository", "model_configuration", "schedule_policy", "sequence", "statistics", "binary_tensor_data",
+    "parameters",
+)  # fmt: skip
 
 #: Triton's word for each state in the repository index.
 STATE_WORDS: Final[dict[ModelState, str]] = {
@@ -59,6 +61,11 @@ STATE_WORDS: Final[dict[ModelState, str]] = {
     ModelState.FAILED: "UNAVAILABLE",
     ModelState.UNLOADING: "UNLOADING",
 }
+
+#: Durations of Triton's statistics, by the names that it and `ModelStatistics` give them.
+STAGES: Final = (
+    "success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss",
+)  # fmt: skip
 
 #: Triton's word for a device, by what its id begins with; it has none for NPUs.
 _KINDS: Final = {
@@ -118,7 +125,11 @@ def config_message(description: ModelDescription) -> pb.ModelConfig:
     status = description.status
     rows = description.max_batch_size
     message = pb.ModelConfig(
-        name=description.name, platform=description.platform, backend=status.backend, max_batch_size=rows
+        name=description.name,
+        platform=description.platform,
+        backend=status.backend,
+        max_batch_size=rows,
+        **scheduling(description),
     )
     message.version_policy.latest.num_versions = 1
     for spec in description.inputs:
@@ -128,8 +139,6 @@ def config_message(description: ModelDescription) -> pb.ModelConfig:
     if status.device:
         kind = next((kind for start, kind in _KINDS.items() if status.device.startswith(start)), _OTHER_KIND)
         message.instance_group.add(name=status.device, count=1, kind=kind)
-    if rows:
-        message.dynamic_batching.SetInParent()
     for key, value in placement_parameters(status).items():
         message.parameters[key].string_value = value
     return message
@@ -146,7 +155,7 @@ def statistics_message(entries: Iterable[tuple[ModelStatus, ModelStatistics]]) -
             inference_count=statistics.inference_count,
             execution_count=statistics.execution_count,
         )
-        for field in ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"):
+        for field in STAGES:
             _copy_duration(getattr(model.inference_stats, field), getattr(statistics, field))
         for rows, batch in sorted(statistics.batches.items()):
             entry = model.batch_stats.add(batch_size=rows)

@@ -6,13 +6,24 @@ follow Triton's reserved names.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Final
 
+from appliance.clients import Client
 from appliance.errors import InvalidRequest
 from appliance.server.oip_wire import varint
-from appliance.types import ITEM_BYTES, Buffer, InferRequest, InferResult, Peer, Tensor
+from appliance.server.options import RESERVED, read_options
+from appliance.types import (
+    ITEM_BYTES,
+    NO_OPTIONS,
+    Buffer,
+    InferRequest,
+    InferResult,
+    Peer,
+    RequestOptions,
+    Tensor,
+)
 from appliance.wire.elements import join_elements
 from appliance.wire.open_inference_pb2 import (
     InferParameter,
@@ -48,23 +59,27 @@ _RAW_OUTPUT_TAG: Final = b"\x32"
 
 
 def request_from_message(
-    message: ModelInferRequest, peer: Peer | None, timeout_us: int = 0, raw: Sequence[Buffer] | None = None
+    message: ModelInferRequest,
+    peer: Peer | None,
+    timeout_us: int = 0,
+    raw: Sequence[Buffer] | None = None,
+    client: Client | None = None,
 ) -> InferRequest:
     """Check a parsed request and convert it; what it says about the model is left to the engine.
 
     Args:
         message: The request.
         peer: Who sent it.
-        timeout_us: The transport's own time limit, 0 for none. The ``timeout`` parameter can only shorten it.
+        timeout_us: The transport's own time limit, 0 for none.
         raw: The raw inputs where they do not lie in the message.
+        client: Whose account it goes on.
 
     Raises:
         InvalidRequest: With the rule that was broken.
     """
     if message.id:
         check_request_id(message.id)
-    if message.parameters:
-        timeout_us = read_parameters(message.parameters, timeout_us)
+    options = read_parameters(message.parameters) if message.parameters else NO_OPTIONS
     if raw is None:
         raw = message.raw_input_contents
     return InferRequest(
@@ -74,6 +89,8 @@ def request_from_message(
         read_outputs(message) if message.outputs else (),
         timeout_us,
         peer,
+        options,
+        client,
     )
 
 
@@ -132,34 +149,18 @@ def shown(name: str) -> str:
     return ascii(name[:64]) + ("..." if len(name) > 64 else "")
 
 
-def read_parameters(parameters: Any, timeout_us: int) -> int:
-    """The time limit of a request: its transport's, shortened by its parameter. Other parameters have no effect.
+def read_parameters(parameters: Mapping[str, InferParameter]) -> RequestOptions:
+    """How a request asks to be scheduled.
 
     Raises:
-        InvalidRequest: ``timeout`` is no such thing, or a sequence is to be continued.
+        InvalidRequest: See `read_options`.
     """
-    if "sequence_id" in parameters:
-        choice = parameters["sequence_id"]
-        if choice.int64_param or choice.uint64_param or choice.string_param:
-            raise InvalidRequest("cannot continue a sequence: stateful models are not served, so sequence_id must be 0")
-    if "timeout" in parameters:
-        timeout_us = shorten(timeout_us, _read_timeout(parameters["timeout"]))
-    return timeout_us
-
-
-def _read_timeout(parameter: InferParameter) -> int:
-    choice = parameter.WhichOneof("parameter_choice")
-    if choice not in ("int64_param", "uint64_param"):
-        raise InvalidRequest("cannot use the parameter timeout: it must be an integer of microseconds")
-    timeout_us: int = getattr(parameter, choice)
-    if timeout_us < 0:
-        raise InvalidRequest(f"cannot use {timeout_us} as the parameter timeout: it must not be negative")
-    return timeout_us
-
-
-def shorten(timeout_us: int, other_us: int) -> int:
-    """The shorter of two time limits, of which 0 is none."""
-    return min(timeout_us, other_us) if timeout_us and other_us else timeout_us or other_us
+    values: dict[str, object] = {}
+    for name in RESERVED:
+        if name in parameters:  # reading a map's missing key would add it
+            choice = parameters[name].WhichOneof("parameter_choice")
+            values[name] = getattr(parameters[name], choice) if choice else None
+    return read_options(values) if values else NO_OPTIONS
 
 
 def _read_inputs(message: ModelInferRequest, raw: Sequence[Buffer]) -> list[Tensor]:

@@ -11,7 +11,9 @@ from typing import Any, Final
 
 import orjson
 
+from appliance.clients import Client
 from appliance.errors import InvalidRequest, Overloaded
+from appliance.server.options import read_options
 from appliance.server.rest_elements import elements_of, elements_to_bytes
 from appliance.types import ITEM_BYTES, Buffer, InferRequest, InferResult, Peer, Tensor, Timings
 
@@ -144,23 +146,21 @@ def parse_object(content: Buffer) -> dict[str, Any]:
     return value
 
 
-def decode_infer(model: str, version: str, json: Buffer, tail: memoryview, peer: Peer | None) -> RestInfer:
+def decode_infer(
+    model: str, version: str, json: Buffer, tail: memoryview, peer: Peer | None, client: Client | None = None
+) -> RestInfer:
     """Turn an infer request's body into what the engine takes; binary tensors stay views on the body.
 
     Raises:
         InvalidRequest: A field is missing, of the wrong type or out of range, or asks for shared memory, the
-            classification extension or a sequence; the message names it.
+            classification extension; the message names it.
     """
     header = parse_object(json)
     identity = _field(header, "id", str, "", default="")
     if len(identity) > MAX_ID_CHARACTERS or not identity.isprintable():
         raise InvalidRequest(f"cannot decode the request: id may hold {MAX_ID_CHARACTERS} printable characters")
     parameters = _field(header, "parameters", dict, "", default={})
-    if parameters.get("sequence_id") not in (None, 0, ""):
-        raise InvalidRequest("cannot continue a sequence: stateful models are not served, so sequence_id must be 0")
-    timeout_us = _field(parameters, "timeout", int, "parameters.", default=0)
-    if not 0 <= timeout_us < 2**63:
-        raise InvalidRequest("cannot decode the request: parameters.timeout must be microseconds, 0 for no limit")
+    options = read_options({key: value for key, value in parameters.items() if value is not None})
     entries = _field(header, "inputs", list, "")
     wanted = _field(header, "outputs", list, "", default=[])
     if len(entries) > _MAX_TENSORS or len(wanted) > _MAX_TENSORS:
@@ -169,7 +169,7 @@ def decode_infer(model: str, version: str, json: Buffer, tail: memoryview, peer:
     inputs = [_decode_input(entry, index, raw) for index, entry in enumerate(entries)]
     raw.check_spent()
     names, binary = _decode_outputs(wanted)
-    request = InferRequest(model, version, inputs, names, timeout_us, peer)
+    request = InferRequest(model, version, inputs, names, 0, peer, options, client)
     return RestInfer(
         request=request,
         id=identity,

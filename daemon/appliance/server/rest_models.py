@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from appliance.metrics import BatchStatistics, Duration, ModelStatistics
-from appliance.server.oip import STATE_WORDS, placement_parameters
+from appliance.server.model_config import scheduling
+from appliance.server.oip import STAGES, STATE_WORDS, placement_parameters
 from appliance.types import ModelDescription, ModelState, ModelStatus, TensorSpec
 
 
@@ -32,6 +33,10 @@ def _config_tensor(spec: TensorSpec, is_batched: bool) -> dict[str, Any]:
 def config(description: ModelDescription) -> dict[str, Any]:
     """Answer of ``GET /v2/models/{model}/config``: the part of Triton's ModelConfig that clients read."""
     is_batched = description.max_batch_size > 0
+    fields = scheduling(description)
+    if "dynamic_batching" in fields:
+        levels = fields["dynamic_batching"]["priority_queue_policy"]
+        fields["dynamic_batching"]["priority_queue_policy"] = {str(level): levels[level] for level in levels}
     return {
         "name": description.name,
         "platform": description.platform,
@@ -43,6 +48,7 @@ def config(description: ModelDescription) -> dict[str, Any]:
         "parameters": {
             name: {"string_value": value} for name, value in placement_parameters(description.status).items()
         },
+        **fields,
     }
 
 
@@ -60,15 +66,13 @@ def _batch(rows: int, batch: BatchStatistics) -> dict[str, Any]:
 
 
 def _model_statistics(status: ModelStatus, statistics: ModelStatistics) -> dict[str, Any]:
-    stages = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
-    inference = {stage: _duration(getattr(statistics, stage)) for stage in stages}
     return {
         "name": status.name,
         "version": status.version,
         "last_inference": statistics.last_inference_ms,
         "inference_count": statistics.inference_count,
         "execution_count": statistics.execution_count,
-        "inference_stats": inference | {"cache_hit": _duration(Duration()), "cache_miss": _duration(Duration())},
+        "inference_stats": {stage: _duration(getattr(statistics, stage)) for stage in STAGES},
         # beside Triton's: the stages at the edge, which it has no words for
         "stage_stats": {
             stage: _duration(getattr(statistics, stage)) for stage in ("decode", "tokenise", "postprocess")

@@ -10,6 +10,15 @@ RUN (front-end to worker)::
 
 ``wanted`` has bit i set where output i of the model is asked for (bit 63 stands for every output from 63 on).
 
+Of a model with sequences one step for each row follows the tensors, in the order of the rows::
+
+    STEP         x rows: seat u32, flags u32, id u64
+
+``seat`` is where the worker keeps the state of the row's sequence: a number below the manifest's ``max_sequences``,
+another one for every row of a batch, and for every batch that runs. ``flags`` holds `STEP_START` where the state is to
+begin anew and `STEP_END` where it is not needed after the run. ``id`` is what the model is told as the correlation id.
+States move when a batch is answered with DONE, those of rows with an error excepted; FAULT leaves all as they were.
+
 DONE (worker to front-end)::
 
     DONE_HEADER  kind u8, slot u8, tensors u16, row_errors u32, batch u64,
@@ -26,8 +35,8 @@ TENSOR: index u16, datatype u8, ndim u8, region u32, offset u64, byte length u64
 where each row's elements begin, counted from the end of the table, and the end of the last one; the table counts in
 the byte length.
 
-The layout, everything behind RUN_HEADER, repeats while the same shapes flow, so both ends may keep what they derived
-from it, keyed on its bytes.
+The layout, everything behind RUN_HEADER but the steps, repeats while the same shapes flow, so both ends may keep what
+they derived from it, keyed on its bytes.
 """
 
 import struct
@@ -44,6 +53,11 @@ FAULT_HEADER: Final = struct.Struct("<BBHIQ")
 #: See FAULT.
 OUT_OF_MEMORY: Final = 1
 TENSOR: Final = struct.Struct("<HBBIQQ")
+STEP: Final = struct.Struct("<IIQ")
+STEP_START: Final = 1
+STEP_END: Final = 2
+#: Rows of a batch with steps at most, so that they fit into a packet.
+MAX_STEPS: Final = 4096
 ROW_ERROR: Final = struct.Struct("<II")
 SLAB: Final = struct.Struct("<BBHIQQ")
 REGION: Final = struct.Struct("<BBHIQ")

@@ -70,7 +70,7 @@ class Execution(_message.Message):
     def __init__(self, device: _Optional[str] = ..., provider: _Optional[str] = ..., precision: _Optional[str] = ..., detail: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Loaded(_message.Message):
-    __slots__ = ("inputs", "edge_inputs", "outputs", "edge_outputs", "max_batch_size", "execution", "load_ns", "warmup_ns", "resident_bytes", "runtime")
+    __slots__ = ("inputs", "edge_inputs", "outputs", "edge_outputs", "max_batch_size", "execution", "load_ns", "warmup_ns", "resident_bytes", "runtime", "streams")
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     EDGE_INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class Loaded(_message.Message):
     WARMUP_NS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
     inputs: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     edge_inputs: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     outputs: _containers.RepeatedCompositeFieldContainer[TensorSpec]
@@ -91,7 +92,8 @@ class Loaded(_message.Message):
     warmup_ns: int
     resident_bytes: int
     runtime: str
-    def __init__(self, inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., edge_inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., edge_outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., max_batch_size: _Optional[int] = ..., execution: _Optional[_Union[Execution, _Mapping]] = ..., load_ns: _Optional[int] = ..., warmup_ns: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., runtime: _Optional[str] = ...) -> None: ...
+    streams: int
+    def __init__(self, inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., edge_inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., edge_outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., max_batch_size: _Optional[int] = ..., execution: _Optional[_Union[Execution, _Mapping]] = ..., load_ns: _Optional[int] = ..., warmup_ns: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., runtime: _Optional[str] = ..., streams: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("kind", "message")

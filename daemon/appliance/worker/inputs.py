@@ -1,5 +1,6 @@
 """Inputs to measure a loaded model with: any number of rows, as like those of its sample as can be."""
 
+import math
 from collections import Counter
 from itertools import cycle, islice
 from pathlib import Path
@@ -55,6 +56,18 @@ class MeasuringInputs:
                 if size < 0:
                     return int(feeds[spec.name].shape[axis])
         return 0
+
+    @property
+    def units(self) -> int:
+        """Elements of a row's dynamic dimensions, those of the largest input; 0 without any."""
+        skipped = 1 if self._model.max_batch_size else 0
+        feeds = self.batch(skipped)
+        found = 0
+        for spec in self._model.inputs:
+            pairs = list(zip(spec.shape, feeds[spec.name].shape, strict=True))[skipped:]
+            if any(size < 0 for size, _ in pairs):
+                found = max(found, math.prod(actual for size, actual in pairs if size < 0))
+        return found
 
 
 def _most_common(

@@ -22,6 +22,8 @@ class LinkBroken(Exception):
 class Link:
     """Blocking packets over an inherited ``SOCK_SEQPACKET`` socket.
 
+    Several threads may send at the same time, since the kernel takes a packet as a whole; one receives at a time.
+
     Attributes:
         buffer: Holds the packet last received; the next `receive` overwrites it.
     """

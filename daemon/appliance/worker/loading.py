@@ -4,12 +4,13 @@ import json
 import mmap
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, cast
 
 from appliance.artifacts import resolve_inside, verify_digest
-from appliance.backend import Artifact, Backend, Execution, Session, Variant
+from appliance.backend import MAX_STREAMS, Artifact, Backend, Execution, Session, Variant
 from appliance.errors import ApplianceError, BackendError, InvalidManifest, NoPlacement
 from appliance.inventory import Inventory
 from appliance.inventory.cpu import read_inventory
@@ -22,6 +23,7 @@ from appliance.worker.model import ContractBroken, Pictures, ServedModel
 from appliance.worker.plugin import PluginRefused, find_backend
 from appliance.worker.rows import has_batch_dimension
 from appliance.worker.specs import check_batch_dimension, check_session_specs, narrow
+from appliance.worker.state import States, check_sequence
 from appliance.worker.synthetic import free_lengths, plain_inputs
 from appliance.worker.tensors import fits
 
@@ -55,6 +57,8 @@ def load(message: worker_pb2.Load) -> tuple[ServedModel, worker_pb2.Loaded]:
     loaded = time.monotonic_ns()
     check_session_specs(session.inputs, session.outputs)
     inputs, outputs = narrow(manifest, session.inputs, session.outputs)
+    if manifest.sequence is not None:
+        check_sequence(manifest.sequence, inputs, outputs, manifest.max_batch_size)
     length = _first_run(session, inputs, outputs, manifest)
     max_batch_size = manifest.max_batch_size
     if max_batch_size is None:
@@ -72,6 +76,8 @@ def load(message: worker_pb2.Load) -> tuple[ServedModel, worker_pb2.Loaded]:
         if manifest.classification
         else None,
         length=length,
+        streams=_streams(session),
+        states=States(manifest.sequence, inputs, outputs, max_batch_size) if manifest.sequence else None,
     )
     _check_edge_names(model)
     execution = _warm_up(model, manifest, length)
@@ -154,14 +160,36 @@ def _first_run(
     return last
 
 
+def _streams(session: Session) -> int:
+    """Runs that a session says it takes at the same time.
+
+    Raises:
+        BackendError: It is not a number that the contract allows.
+    """
+    streams = getattr(session, "streams", 1)
+    if type(streams) is not int or not 1 <= streams <= MAX_STREAMS:
+        raise BackendError(
+            f"cannot load the model: the backend broke its contract: its session has {streams!r} streams, which must "
+            f"be a number from 1 to {MAX_STREAMS}"
+        )
+    return streams
+
+
 def _warm_up(model: ServedModel, manifest: "Manifest", length: int) -> Execution:
     sizes = {1, min(model.max_batch_size, _MAX_WARMUP_ROWS)} if model.max_batch_size else {0}
     names = [spec.name for spec in model.outputs]
+
+    def run(rows: int) -> None:
+        results = model.session.run(plain_inputs(model.inputs, manifest.text, rows, length), names)
+        for spec in model.outputs:
+            model.check_output(spec, results.get(spec.name), rows)
+
     try:
         for rows in sorted(sizes):
-            results = model.session.run(plain_inputs(model.inputs, manifest.text, rows, length), names)
-            for spec in model.outputs:
-                model.check_output(spec, results.get(spec.name), rows)
+            run(rows)
+        if model.streams > 1:  # what each stream does at first is done now, and that they get on is seen
+            with ThreadPoolExecutor(model.streams, "warm-up") as threads:
+                list(threads.map(run, [max(sizes)] * model.streams))
         return model.session.executed_on()
     except ContractBroken as error:
         if tuple(model.outputs) != tuple(model.session.outputs):  # narrowed, so the manifest is at fault
@@ -239,6 +267,7 @@ def _loaded(model: ServedModel, execution: Execution, load_ns: int, warmup_ns: i
         warmup_ns=warmup_ns,
         resident_bytes=_resident_bytes(),
         runtime=runtime,
+        streams=model.streams,
     )
 
 

@@ -1,8 +1,13 @@
 """A worker's main loop: receive → prepare → run.
 
-Without pictures everything happens on one thread, since handing over to another costs more than a small model's run.
-With pictures the receiving thread decodes the next batch while a runner thread runs the last one; answers keep their
-order.
+Where the session has one stream everything happens on one thread, since handing over to another costs more than a small
+model's run. With pictures, though, the receiving thread decodes the next batch while a runner thread runs the last one;
+answers keep their order.
+
+Where the session has several streams there is a thread for each. They take turns at receiving: the one whose turn it is
+takes packets until a batch comes, passes the turn on, and runs the batch itself, so that here too nothing is handed
+over. Answers go out as batches finish, in any order. The front-end gives a slot to one batch at a time, so whatever
+belongs to a slot belongs to one thread.
 """
 
 import os
@@ -11,7 +16,9 @@ import struct
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -46,11 +53,13 @@ class Loop:
         self._recorder = recorder
         self._memory = Memory()
         self._planner = Planner(model, self._memory)
+        self._turn = threading.Lock()  # held by the thread that receives, to which memory and plans belong meanwhile
         self._queue: queue.SimpleQueue[Batch | bytes] | None = None
         if model.pictures is not None:
-            self._queue = queue.SimpleQueue()
             self._decoders = ThreadPoolExecutor(min(_MAX_DECODERS, len(os.sched_getaffinity(0))), "decode")
-            threading.Thread(target=self._run_queued, args=(self._queue,), name="run", daemon=True).start()
+            if model.streams == 1:
+                self._queue = queue.SimpleQueue()
+                self._start(partial(self._run_queued, self._queue), "run")
 
     def serve(self) -> None:
         """Answer packets until end of file.
@@ -59,6 +68,11 @@ class Loop:
             LinkBroken: The front-end broke the protocol.
             OSError: The front-end is gone.
         """
+        if self._model.streams > 1:
+            for number in range(1, self._model.streams):
+                self._start(self._serve_in_turns, f"run-{number}")
+            self._serve_in_turns()
+            return
         link, buffer, planner = self._link, self._link.buffer, self._planner
         while length := link.receive():
             if buffer[0] != _RUN:
@@ -75,6 +89,36 @@ class Loop:
             else:
                 self._queue.put(batch)
             del plan, batch  # until the next packet they would keep memory mapped that the front-end has given back
+
+    def _serve_in_turns(self) -> None:
+        """One of the threads; `serve` says what it raises."""
+        while (received := self._next_in_turn()) is not None:
+            plan, number = received
+            try:
+                batch = Batch(number, plan) if plan.pictures is None else self._decoded(number, plan)
+            except ValueError as error:
+                self._link.send(fault(plan.slot, number, str(error)))
+            else:
+                run(self._model, self._link, batch, self._recorder)
+                del batch
+            del plan, received  # until the next batch they would keep memory mapped that the front-end has given back
+
+    def _next_in_turn(self) -> tuple[Plan, int] | None:
+        """Wait for the turn, and then for a batch; returns its plan and number, None once the front-end is gone."""
+        with self._turn:
+            link, buffer = self._link, self._link.buffer
+            while length := link.receive():
+                if buffer[0] != _RUN:
+                    self._control(buffer[0], length)
+                    continue
+                try:
+                    return self._planner.plan(buffer[:length])
+                except (ValueError, OverflowError) as error:
+                    link.send(self._refusal(length, error))
+        return None
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        threading.Thread(target=_ending_all, args=(work,), name=name, daemon=True).start()
 
     def _control(self, kind: int, length: int) -> None:
         packet = self._link.buffer[:length]
@@ -138,20 +182,24 @@ class Loop:
             self._queue.put(packet)
 
     def _run_queued(self, waiting: "queue.SimpleQueue[Batch | bytes]") -> None:
-        try:
-            while True:
-                item = waiting.get()
-                if isinstance(item, Batch):
-                    run(self._model, self._link, item, self._recorder)
-                else:
-                    self._link.send(item)
-                del item
-        except OSError:
-            os._exit(0)  # the front-end is gone
-        except BaseException:
-            # Without this thread nothing is ever answered again; a dead worker is noticed and replaced.
-            traceback.print_exc()
-            os._exit(1)
+        while True:
+            item = waiting.get()
+            if isinstance(item, Batch):
+                run(self._model, self._link, item, self._recorder)
+            else:
+                self._link.send(item)
+            del item
+
+
+def _ending_all(work: Callable[[], None]) -> None:
+    """A thread's work. Where it fails the process ends: batches would go unanswered, and a dead worker is replaced."""
+    try:
+        work()
+    except OSError:
+        os._exit(0)  # the front-end is gone
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _decode(pictures: Pictures, content: bytes, row: "NDArray[Any]") -> str:

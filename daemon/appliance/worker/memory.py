@@ -67,7 +67,7 @@ class Slabs(NamedTuple):
 
 
 class Memory:
-    """Everything mapped. Owned by the thread that receives packets."""
+    """Everything mapped. Owned by the thread that receives packets, whose turn it is to; others hold arrays on it."""
 
     def __init__(self) -> None:
         self._slots: dict[int, Slabs] = {}

@@ -8,6 +8,7 @@ from appliance.backend import Session
 from appliance.types import TensorSpec
 from appliance.worker.classification import Classifier
 from appliance.worker.image import Decoder
+from appliance.worker.state import States
 from appliance.worker.tensors import DTYPES, fits
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class ServedModel:
         pictures: Set where the manifest has an image section.
         classifier: Set where the manifest has a classification section.
         length: What dynamic dimensions had in the first run that worked; of no meaning where there are none.
+        streams: Runs that the session takes at the same time.
+        states: Set where the manifest has a sequence section.
     """
 
     session: Session
@@ -56,6 +59,8 @@ class ServedModel:
     pictures: Pictures | None = None
     classifier: Classifier | None = None
     length: int = 0
+    streams: int = 1
+    states: States | None = None
 
     @property
     def edge_inputs(self) -> tuple[TensorSpec, ...]:

@@ -40,6 +40,7 @@ class Plan:
         area: The slot's output slab.
         regions: Regions its inputs lie in.
         targets: Where the last answer of this layout went; None before the first.
+        steps: The steps of the batch that has the slot; None for a model without sequences.
     """
 
     slot: int
@@ -53,10 +54,14 @@ class Plan:
     area: Area
     regions: frozenset[int]
     targets: "Targets | None" = None
+    steps: "NDArray[Any] | None" = None
 
 
 class Planner:
-    """Resolves packets against one model. Owned by the thread that receives packets."""
+    """Resolves packets against one model. Owned by the thread that receives packets, whose turn it is to.
+
+    A plan names its slot, so it belongs to the thread that runs the slot's batch until that is answered.
+    """
 
     def __init__(self, model: ServedModel, memory: Memory) -> None:
         self._model = model
@@ -79,6 +84,9 @@ class Planner:
         Raises:
             ValueError: The packet is truncated, or does not suit the model or the memory.
         """
+        steps = None
+        if self._model.states is not None:
+            packet, steps = self._model.states.split(packet)
         try:
             shape, batch = _SHAPE_AND_BATCH.unpack_from(packet)
         except struct.error:
@@ -90,6 +98,7 @@ class Planner:
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
+        plan.steps = steps
         return plan, batch
 
     def _resolve(self, packet: memoryview) -> Plan:
@@ -132,11 +141,13 @@ class Planner:
         plan.needs_classes = any(index >= own for index, _ in plan.wanted)
         if plan.needs_classes and self._model.classifier and self._model.classifier.logits not in names:
             names.append(self._model.classifier.logits)
+        if self._model.states is not None:
+            names += [name for name in self._model.states.outputs if name not in names]
         plan.runs = tuple(names)
 
     def _bind_inputs(self, plan: Plan, tensors: Sequence[TensorLayout]) -> None:
         fresh: list[tuple[str, Callable[[], NDArray[Any]]]] = []
-        fed: set[str] = set()
+        fed: set[str] = set(self._model.states.inputs) if self._model.states is not None else set()
         for tensor in tensors:
             spec = self._checked_spec(tensor, plan.rows)
             is_picture = tensor.place >= len(self._model.inputs)

@@ -47,7 +47,7 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 
 class Recorder:
-    """Keeps the first `limit` rows, those of earlier workers counted. `take` is called from one thread at a time."""
+    """Keeps the first `limit` rows, those of earlier workers counted. `take` may be called from any thread."""
 
     def __init__(self, directory: Path, limit: int, *, is_batched: bool, flush_seconds: float = _FLUSH_SECONDS) -> None:
         """Count what is there and start the writer.
@@ -63,7 +63,7 @@ class Recorder:
         self._flush_seconds = flush_seconds
         self._queue: queue.SimpleQueue[tuple[_Rows, int] | None] = queue.SimpleQueue()
         self._waiting_bytes = 0
-        self._lock = threading.Lock()  # for the bytes that wait: one thread adds, another takes away
+        self._lock = threading.Lock()  # for the counts: threads that run batches add, the writer takes away
         self._left = limit - _rows_in(directory)
         self._writer = threading.Thread(target=self._write_all, name="record", daemon=True)
         if self._left > 0:
@@ -76,22 +76,25 @@ class Recorder:
             feeds: Every session input by name.
             rows: Rows of the batch.
         """
-        left = self._left
-        if left <= 0:
+        if self._left <= 0:
             return
         size = sum(array.nbytes for array in feeds.values())
-        if self._waiting_bytes + size > _MAX_WAITING_BYTES:
-            return
+        with self._lock:
+            wanted = min(rows if self._is_batched else 1, self._left)
+            if wanted <= 0 or self._waiting_bytes + size > _MAX_WAITING_BYTES:
+                return
+            self._left -= wanted
+            self._waiting_bytes += size
         try:
             if self._is_batched:
-                taken = {name: array[:left].copy() for name, array in feeds.items()}
+                taken = {name: array[:wanted].copy() for name, array in feeds.items()}
             else:
                 taken = {name: array[np.newaxis].copy() for name, array in feeds.items()}
         except MemoryError:
+            with self._lock:
+                self._left += wanted
+                self._waiting_bytes -= size
             return
-        self._left = left - (min(rows, left) if self._is_batched else 1)
-        with self._lock:
-            self._waiting_bytes += size
         self._queue.put((taken, size))
 
     def close(self) -> None:

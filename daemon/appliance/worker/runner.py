@@ -64,8 +64,15 @@ def run(model: ServedModel, link: Link, batch: Batch, recorder: Recorder | None 
                 feeds[name] = make()
             if model.pictures is not None and batch.pictures is not None:
                 feeds[model.pictures.tensor] = batch.pictures
+        states, steps = model.states, plan.steps
+        if states is not None and steps is not None:
+            feeds = states.complete(feeds, steps)
         started = time.monotonic_ns()
-        results = model.session.run(feeds, plan.runs)
+        if states is None or steps is None:
+            results = model.session.run(feeds, plan.runs)
+        else:
+            results = states.gather(model.session.run(states.spread(feeds, steps), plan.runs), steps)
+            states.check(model, results, plan.rows)
         computed = time.monotonic_ns()
         if plan.needs_classes:
             results = _classified(model, plan, results)
@@ -74,6 +81,8 @@ def run(model: ServedModel, link: Link, batch: Batch, recorder: Recorder | None 
         packet = with_row_errors(written, batch.row_errors) if batch.row_errors else written.packet
         if recorder is not None and not batch.row_errors:
             recorder.take(feeds, plan.rows)  # before the answer, which gives the inputs' memory back
+        if states is not None and steps is not None:
+            states.keep(results, steps, batch.row_errors)  # last, since a batch that fails leaves states as they were
     except Exception as error:  # whatever the runtime raises fails this batch and no other
         if written is not None and written.fd >= 0:
             os.close(written.fd)

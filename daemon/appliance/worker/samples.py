@@ -23,6 +23,7 @@ from appliance.text import TextEncoder
 from appliance.types import TensorSpec
 from appliance.worker.image import Decoder, UndecodableImage
 from appliance.worker.literals import array_of, bytes_of, tensor_of
+from appliance.worker.state import first_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -210,6 +211,8 @@ class SampleReader:
             if repeated := made.keys() & feeds.keys():
                 raise InvalidRequest(f"input {min(repeated)!r} is given twice")
             feeds.update(made)
+        if manifest.sequence is not None:
+            feeds = {**first_step(manifest.sequence, self._inputs), **feeds}
         if missing := [name for name in self._inputs if name not in feeds]:
             raise InvalidRequest(f"input {missing[0]!r} is missing")
         if self._is_batched:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 from appliance.backend import Artifact, Scope, Session, Support, Variant
 from appliance.inventory import Device, Inventory
 from appliance_plugins.openvino.devices import Listed, is_served, match, why_unlisted
-from appliance_plugins.openvino.session import CompiledSession, Placing, Request
+from appliance_plugins.openvino.session import CompiledSession, OwnRequests, Placing, Request
 from appliance_plugins.openvino.settings import Settings, offers
 from appliance_plugins.openvino.shapes import ShapeCompilations, Shapes
 
@@ -72,6 +72,10 @@ class OpenVinoBackend:
         began = time.monotonic()
         compiled = self._own_core().compile_model(path, placing.name, settings.properties())
         seconds = max(time.monotonic() - began, _LEAST_COMPILE_SECONDS)
+        # On the CPU the runtime has no more streams than cores, whatever it is asked for.
+        streams = min(settings.streams, int(compiled.get_property("NUM_STREAMS"))) if settings.streams > 1 else 1
+        if streams > 1:
+            return CompiledSession(OwnRequests(compiled), compiled.inputs, compiled.outputs, placing, None, streams)
         shapes = None
         if settings.static and any(port.partial_shape.is_dynamic for port in compiled.inputs):
             # Not cached: a file of all weights for every shape would soon fill the disk.

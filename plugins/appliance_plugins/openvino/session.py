@@ -1,5 +1,6 @@
 """A session on compiled models: tensors in, tensors out, neither copied."""
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,33 +91,53 @@ class Request:
         return self._openvino.Tensor(array, shared_memory=True)
 
 
+class OwnRequests:
+    """A request for each thread that runs: what it gave stays as it is until the same thread runs again."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self._own = threading.local()
+
+    def mine(self) -> Request:
+        """The calling thread's, made when it first asks."""
+        request: Request | None = getattr(self._own, "request", None)
+        if request is None:
+            request = self._own.request = Request(self.compiled)
+        return request
+
+
 class CompiledSession:
     """A model on one device, by a compilation that takes any shape, by some for single shapes, or by both."""
 
     def __init__(
         self,
-        general: Request | None,
+        general: Request | OwnRequests | None,
         inputs: Sequence[Any],
         outputs: Sequence[Any],
         placing: Placing,
         shapes: ShapeCompilations[Request] | None,
+        streams: int = 1,
     ) -> None:
         """Take over what was compiled.
 
         Args:
-            general: Takes any shape that the model does; None where the device has no such thing.
+            general: Takes any shape that the model does, and where `streams` is above 1 is one for each thread; None
+                where the device has no such thing.
             inputs: The model's ports.
             outputs: The model's ports.
             placing: Where it was to run.
             shapes: Compilations for single shapes; None where there are to be none, and `general` is given then.
+            streams: Runs that may go on at the same time; above 1 without `shapes` alone.
 
         Raises:
             ValueError: A port has a type or shape that cannot be served.
         """
-        self._general = general
+        self._own = general if isinstance(general, OwnRequests) else None
+        self._general = None if isinstance(general, OwnRequests) else general
         self._placing = placing
         self._shapes = shapes
-        self._ran: Request | None = general
+        self._ran: Request | OwnRequests | None = general
+        self.streams = streams
         self.inputs = _specs(inputs)
         self.outputs = _specs(outputs)
         self._ports = {spec.name: index for index, spec in enumerate(self.outputs)}
@@ -140,8 +161,12 @@ class CompiledSession:
             array = arrays[index]
             if array.size and (array.min() < _INT32.min or array.max() > _INT32.max):
                 raise ValueError(f"input {name!r} has a value beyond 32 bits, and openvino computes INT64 in INT32")
-        self._ran = self._compute(arrays)
-        return {name: self._output(self._ran, name) for name in outputs}
+        if self._own is not None:
+            request = self._own.mine()
+            request.run(arrays, self._bf16_inputs)
+        else:
+            request = self._ran = self._compute(arrays)
+        return {name: self._output(request, name) for name in outputs}
 
     def _compute(self, arrays: "Sequence[NDArray[Any]]") -> Request:
         """Run by the compilation that suits the arrays' shapes best; returns it."""
@@ -187,6 +212,7 @@ class CompiledSession:
         if self._shapes is not None:
             self._shapes.close()
         self._ran = None
+        self._own = None
         self._general = None
 
     def _precision(self, compiled: Any) -> str:

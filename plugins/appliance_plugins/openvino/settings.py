@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from appliance.backend import Variant
+from appliance.backend import MAX_STREAMS, MAX_THREADS, Variant
 from appliance.inventory import Device
+from appliance_plugins.splits import splits
 
 _OPTIONS: Final = ("threads", "streams", "float", "static", "cache_dir")
 
@@ -39,6 +40,8 @@ def offers(precision: str, device: Device) -> Iterator[tuple[str, Mapping[str, s
         yield from ((offered, {**options, "static": _NPU_SHAPES}) for offered, options in plain)
         return
     yield from plain
+    if device.kind == "cpu":
+        yield from ((offered, {**options, **split}) for offered, options in plain for split in splits(device.cores))
 
 
 def _hints_on(device: Device) -> list[str]:
@@ -61,8 +64,8 @@ class Settings:
 
     Attributes:
         hint: The runtime's word for the precision of floating point.
-        threads: Cores of one run; 0 for all.
-        streams: Runs side by side; 0 for what the LATENCY hint chooses.
+        threads: Cores of all runs together; 0 for all there are.
+        streams: Runs that may go on at the same time; 0 for one, as the LATENCY hint has it.
         static: How many input shapes get a compilation of their own.
         cache_dir: Where compiled models are kept; empty for nowhere.
         needs_static: True where the device compiles single shapes only.
@@ -80,20 +83,25 @@ class Settings:
         """Read the options of a variant.
 
         Raises:
-            ValueError: An option is unknown or out of its range, or the precision is not to be had of the artifact.
+            ValueError: An option is unknown, out of its range or at odds with another, or the precision is not to be
+                had of the artifact.
         """
         options = variant.options
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             known = ", ".join(map(repr, _OPTIONS))
             raise ValueError(f"option {unknown[0]!r} is unknown; there are {known}")
+        streams, static = _count(options, "streams", MAX_STREAMS), _count(options, "static", _MAX_STATIC)
+        needs_static = variant.device.startswith("intel-npu")
+        if streams > 1 and (static or needs_static):
+            raise ValueError(f"option 'streams' is {streams}, and compilations for single shapes have one stream")
         return cls(
             hint=_hint(variant, artifact_precision),
-            threads=_count(options, "threads", 1024),
-            streams=_count(options, "streams", 1024),
-            static=_count(options, "static", _MAX_STATIC),
+            threads=_count(options, "threads", MAX_THREADS) * max(streams, 1),
+            streams=streams,
+            static=static,
             cache_dir=options.get("cache_dir", ""),
-            needs_static=variant.device.startswith("intel-npu"),
+            needs_static=needs_static,
         )
 
     def properties(self, is_cached: bool = True) -> dict[str, Any]:

@@ -120,12 +120,19 @@ def answers():
 
 
 @pytest.fixture
-def socket_dir(tmp_path, answers):
+def asked():
+    """Method, path and JSON of what the daemon was asked, None where there was no body."""
+    return []
+
+
+@pytest.fixture
+def socket_dir(tmp_path, answers, asked):
     """A directory whose http.sock answers as `answers` says."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def _answer(self):
-            self.rfile.read(int(self.headers.get("content-length", 0)))
+            content = self.rfile.read(int(self.headers.get("content-length", 0)))
+            asked.append((self.command, self.path, json.loads(content) if content else None))
             status, value = answers.get(
                 (self.command, self.path), (404, {"error": "cannot find it", "kind": "unimplemented"})
             )

@@ -18,7 +18,8 @@ def candidate(name, verdict, reason, latency_us=None, evidence=None, disturbed=F
             }
         ],
     }  # fmt: skip
-    return {"name": name, "verdict": verdict, "reason": reason, "measurement": found, "evidence": evidence}
+    split = {"streams": 2 if "streams=2" in name else 1, "threads": 1 if "/cpu/" in name else 0}
+    return {"name": name, "verdict": verdict, "reason": reason, "measurement": found, "evidence": evidence, **split}
 
 
 PROOF = {"metric": "cosine", "value": 0.99512, "reference": 1.0, "worst": 0.98, "count": 400, "bound": 0.01}
@@ -34,6 +35,12 @@ EXPLANATION = {
     "serving": {
         "state": "ready", "variant": "openvino/cpu/BF16", "chosen_by": "measured", "requested_device": "cpu",
         "device": "cpu", "provider": "CPU", "precision": "BF16", "runtime": "openvino 1", "fallback": "",
+        "costs": [
+            {
+                "units": 16, "slope_us": 400.0, "intercept_us": 100.0, "spread": 0.051, "setup_share": 0.2,
+                "efficient_rows": 5, "samples": 77, "scale": 1.25,
+            }
+        ],
     },
     "winner": "openvino/cpu/BF16",
     "candidates": [
@@ -75,11 +82,20 @@ def test_explain_shows_what_serves_every_candidate_with_numbers_and_what_is_out_
     assert lines[0] == "echo version 1 runs as openvino/cpu/BF16, by measurement, for balanced"
     assert "cosine at most 1.00% worse than onnxruntime/cpu/FP32, on the evaluation sample" in shown.out
     (chosen,) = [line for line in lines if line.startswith("*")]
-    assert chosen.split()[1:5] == ["openvino/cpu/BF16", "chosen", "0.512", "ms"]
+    assert chosen.split()[1:6] == ["openvino/cpu/BF16", "chosen", "1x1", "0.512", "ms"]
     assert "cosine 0.9951" in chosen
     assert "~1.02 ms" in shown.out
     assert "intel-npu0  driver failed: no driver is bound; sudo modprobe intel_vpu" in shown.out
     assert "1 not measured or checked: `appliancectl tune echo`" in shown.out
+
+
+def test_explain_shows_what_batches_are_expected_to_cost_below_what_was_measured(ctl, answers):
+    rows = [line.split() for line in ctl("explain", "echo").out.splitlines()]
+    assert ["measured", "-", "0.001", "ms", "0.002", "ms", "-", "-", "-", "-", "-"] in rows
+    assert ["expected", "16", "0.4", "ms", "0.1", "ms", "20%", "5%", "5", "77", "1.25"] in rows
+    unknown = EXPLANATION["serving"] | {"costs": []}
+    answers[("GET", "/admin/models/echo/explain")] = (200, EXPLANATION | {"serving": unknown})
+    assert "expected" not in ctl("explain", "echo").out
 
 
 def test_explain_with_points_adds_latency_by_batch_size(ctl):

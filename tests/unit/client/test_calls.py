@@ -47,7 +47,11 @@ STATISTICS = pb.ModelStatistics(
     last_inference=5,
     inference_count=7,
     execution_count=3,
-    inference_stats={"success": {"count": 7, "ns": 70}, "queue": {"count": 7, "ns": 10}},
+    inference_stats={
+        "success": {"count": 7, "ns": 70},
+        "queue": {"count": 7, "ns": 10},
+        "cache_hit": {"count": 4, "ns": 8},
+    },
     batch_stats=[{"batch_size": 4, "compute_infer": {"count": 2, "ns": 20}}],
 )
 
@@ -105,6 +109,8 @@ CASES = [
                 compute_input=Duration(0, 0),
                 compute_infer=Duration(0, 0),
                 compute_output=Duration(0, 0),
+                cache_hit=Duration(4, 8),
+                cache_miss=Duration(0, 0),
                 executions_by_rows={4: Duration(2, 20)},
             ),
         ),

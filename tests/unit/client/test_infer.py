@@ -1,10 +1,12 @@
 """One request, one answer, over the blocking client."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
 from appliance.wire.native import Frame
-from appliance_client import Client, InvalidRequest, Tensor
+from appliance_client import AsyncClient, Client, InvalidRequest, Tensor
 
 
 @pytest.fixture
@@ -224,6 +226,87 @@ def test_the_same_shapes_give_the_same_head_bytes(peer, client):
         client.infer("m", {"x": np.full((1, 4), value, np.float32)})
     client.infer("m", {"x": np.ones((2, 4), np.float32)})
     assert heads[0] == heads[1] != heads[2]
+
+
+def parameters_of(message):
+    """Each parameter with the field it travels in."""
+    return {
+        name: (field := value.WhichOneof("parameter_choice"), getattr(value, field))
+        for name, value in message.parameters.items()
+    }
+
+
+def one(path, **options):
+    with Client(path) as client:
+        client.infer("m", {"x": np.ones(1)}, **options)
+
+
+def one_awaited(path, **options):
+    async def run():
+        async with AsyncClient(path) as client:
+            await client.infer("m", {"x": np.ones(1)}, **options)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("infer", [one, one_awaited])
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({}, {}),
+        ({"priority": 0, "sequence_id": 0, "sequence_end": False}, {}),
+        ({"priority": 2}, {"priority": ("int64_param", 2)}),
+        ({"priority": "background"}, {"priority": ("string_param", "background")}),
+        ({"priority": 1, "parameters": {"a": 3}}, {"a": ("int64_param", 3), "priority": ("int64_param", 1)}),
+        (
+            {"sequence_id": 7, "sequence_start": True},
+            {
+                "sequence_id": ("int64_param", 7),
+                "sequence_start": ("bool_param", True),
+                "sequence_end": ("bool_param", False),
+            },
+        ),
+        (
+            {"sequence_id": 2**64 - 1, "sequence_end": True},
+            {
+                "sequence_id": ("uint64_param", 2**64 - 1),
+                "sequence_start": ("bool_param", False),
+                "sequence_end": ("bool_param", True),
+            },
+        ),
+        (
+            {"sequence_id": "call 7"},
+            {
+                "sequence_id": ("string_param", "call 7"),
+                "sequence_start": ("bool_param", False),
+                "sequence_end": ("bool_param", False),
+            },
+        ),
+    ],
+)
+def test_how_a_request_is_scheduled_travels_in_tritons_parameters(peer, infer, options, parameters):
+    seen = []
+    peer.models["m"] = lambda session, request: (seen.append(request.message), session.echo(request))
+    infer(peer.path, **options)
+    assert parameters_of(seen[0]) == parameters
+
+
+@pytest.mark.parametrize("options", [{"priority": 2**64}, {"sequence_id": -(2**63) - 1}, {"sequence_id": b"bytes"}])
+def test_what_no_parameter_can_say_is_refused_before_it_is_sent(peer, client, options):
+    with pytest.raises(InvalidRequest):
+        client.infer("m", {"x": np.ones(1)}, **options)
+    assert not peer.received(Frame.INFER)
+
+
+def test_priorities_share_no_head_and_leave_the_plain_one_as_it_is(peer, client):
+    heads = []
+    peer.models["m"] = lambda session, request: (heads.append(request.head), session.echo(request))
+    for _ in range(2):
+        client.infer("m", {"x": np.ones(1)})
+        client.infer("m", {"x": np.ones(1)}, priority=3)
+    assert heads[0] == heads[2] != heads[1] == heads[3]
+    assert client._codec is not None
+    assert len(client._codec._heads) == 2
 
 
 def test_inputs_lie_in_the_tail_in_the_callers_order(peer, client):

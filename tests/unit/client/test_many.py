@@ -67,6 +67,17 @@ def test_a_stream_gives_every_answer_in_order(peer, stream, count):
 
 
 @streams
+def test_every_request_of_a_stream_has_its_priority(peer, stream):
+    seen = []
+    peer.models["m"] = lambda session, request: (
+        seen.append(request.message.parameters["priority"].int64_param),
+        session.echo(request),
+    )
+    stream(peer.path, map(value, range(3)), priority=3)
+    assert seen == [3, 3, 3]
+
+
+@streams
 def test_a_stream_gives_answers_in_order_whatever_order_they_come_in(peer, stream):
     peer.models["m"] = in_reverse(4)
     assert numbers(stream(peer.path, map(value, range(12)), max_in_flight=4)) == list(range(12))
@@ -241,6 +252,17 @@ results = pytest.mark.parametrize("results", [blocking_results, concurrent_resul
 def test_every_answer_to_one_request_is_given_but_an_empty_last_one(peer, results):
     peer.models["m"] = several
     assert numbers(results(peer.path)) == [5, 5, 5]
+
+
+@results
+def test_a_request_for_several_answers_has_its_priority(peer, results):
+    seen = []
+    peer.models["m"] = lambda session, request: (
+        seen.append(request.message.parameters["priority"].int64_param),
+        several(session, request),
+    )
+    assert numbers(results(peer.path, priority=1)) == [5, 5, 5]
+    assert seen == [1]
 
 
 @results

@@ -13,10 +13,13 @@ import pytest
 import appliance.errors
 import appliance.wire.native as daemon
 from appliance.server.access import METHOD_ROLE
+from appliance.server.oip_infer import read_parameters
+from appliance.types import NO_OPTIONS, RequestOptions, SequenceStep
 from appliance.wire import open_inference_pb2 as pb
 from appliance_client import Tensor, calls
 from appliance_client.frames import FrameReader
 from appliance_client.messages import Codec
+from appliance_client.scheduling import scheduled
 from appliance_client.wire import native as client
 
 REPOSITORY = Path(__file__).parents[3]
@@ -121,20 +124,35 @@ def test_welcome():
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "inputs"),
+    ("name", "model", "inputs", "parameters"),
     [
-        ("infer", "identity", {"x": np.array([[1.0, -2.0]], np.float32)}),
-        ("infer", "identity", {"x": Tensor([[1.0, -2.0]], "FP32")}),
-        ("infer-text", "language-id", {"text": [["Guten Morgen"]]}),
+        ("infer", "identity", {"x": np.array([[1.0, -2.0]], np.float32)}, None),
+        ("infer", "identity", {"x": Tensor([[1.0, -2.0]], "FP32")}, None),
+        ("infer-text", "language-id", {"text": [["Guten Morgen"]]}, None),
+        ("infer-priority", "identity", {"x": np.array([[1.0, -2.0]], np.float32)}, scheduled(None, 3)),
+        ("infer-sequence", "identity", {"x": np.array([[1.0, -2.0]], np.float32)}, scheduled(None, 0, 7, True)),
     ],
 )
-def test_infer(name, model, inputs):
-    request = Codec().request(model, inputs, (), "", None)
+def test_infer(name, model, inputs, parameters):
+    request = Codec().request(model, inputs, (), "", parameters)
     frame = VECTORS[name]["frame"]
     length = len(request.head) + request.byte_size
     header = client.HEADER.pack(length, client.INFER, 0, 0, frame["id"], len(request.head), frame["timeout_us"])
     assert header + request.head + request.tail() == content(name)
     assert b"".join(bytes(buffer) for buffer in request.buffers()) == request.tail()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("infer", NO_OPTIONS),
+        ("infer-priority", RequestOptions(priority=3)),
+        ("infer-sequence", RequestOptions(sequence=SequenceStep(7, True, False))),
+    ],
+)
+def test_the_daemon_reads_how_a_request_is_scheduled(name, options):
+    head = bytes(body(name)[: VECTORS[name]["frame"]["head"]])
+    assert read_parameters(pb.ModelInferRequest.FromString(head).parameters) == options
 
 
 def test_infer_from_a_region():

@@ -147,8 +147,8 @@ def offered(device, precision):
     [("FP32", "FP32"), ("FP16", "FP32"), ("INT8", "INT8"), ("INT8-WEIGHTS", "INT8-WEIGHTS"), ("BF16", None)],
 )
 def test_the_cpu_computes_what_the_graph_says(precision, computes):
-    expected = [(computes, {}), (computes, {"spin_us": "200"}), (computes, {"threads": "1"})] if computes else []
-    assert offered(CPU, precision) == expected
+    options = [{}, {"spin_us": "200"}, {"threads": "1"}, {"streams": "2", "threads": "1"}]
+    assert offered(CPU, precision) == ([(computes, one) for one in options] if computes else [])
 
 
 def test_one_core_has_no_threads_to_wake():
@@ -164,23 +164,36 @@ def test_cards_are_offered_full_and_half_precision():
 
 
 @pytest.mark.parametrize(
-    ("cores", "options", "threads"),
-    [(1, {}, 1), (1, {"threads": "2"}, 2), (2, {}, 2), (9, {}, 3), (0, {}, 3), (None, {}, 3)],
+    ("cores", "options", "detail"),
+    [
+        (1, {}, "threads=1"),
+        (1, {"threads": "2"}, "threads=2"),
+        (2, {}, "threads=2"),
+        (9, {}, "threads=3"),
+        (0, {}, "threads=3"),
+        (None, {}, "threads=3"),
+        (9, {"streams": "1"}, "threads=3"),
+        (9, {"streams": "2"}, "streams=2, threads=1"),
+        (9, {"streams": "2", "threads": "2"}, "streams=2, threads=2"),
+        (9, {"streams": "8"}, "streams=8, threads=1"),
+    ],
 )
-def test_one_thread_for_each_core_that_the_inventory_and_the_affinity_allow(
-    model, monkeypatch, cores, options, threads
-):
+def test_one_thread_for_each_core_that_the_inventory_and_the_affinity_allow(model, monkeypatch, cores, options, detail):
     """A container with a quota of one core still may run on all of them; None: no inventory was probed."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2})
     backend = OnnxRuntimeBackend()
     if cores is not None:
         backend.probe(Inventory((Device("cpu", "cpu", "a processor", 1, cores=cores),), 2, 1))
     session = backend.load(model, Variant("onnxruntime", "cpu", "FP32", options))
-    assert session.executed_on().detail == f"threads={threads}"
+    assert session.executed_on().detail == detail
+    assert session.streams == int(options.get("streams", 1))
     session.close()
 
 
-@pytest.mark.parametrize("options", [{"spin_us": "-1"}, {"spin_us": "2000000"}, {"threads": "0"}, {"spin": "1"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"spin_us": "-1"}, {"spin_us": "2000000"}, {"threads": "0"}, {"spin": "1"}, {"streams": "0"}, {"streams": "65"}],
+)
 def test_options_out_of_range_are_refused(model, options):
     with pytest.raises(ValueError, match="option"):
         OnnxRuntimeBackend().load(model, Variant("onnxruntime", "cpu", "FP32", options))

@@ -95,12 +95,14 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, device, present, words)
     assert words in why_unlisted(device)
 
 
+TWO, FOUR, PAIRS = "streams=2 threads=1", "streams=4 threads=1", "streams=2 threads=2"
 OFFERED = [
-    (CPU, "FP32", ["FP32", "BF16"]),
-    (PLAIN, "FP32", ["FP32"]),
-    (ARM, "FP32", ["FP32", "FP16"]),
-    (CPU, "INT8", ["INT8 float=f32", "INT8 float=bf16"]),
-    (PLAIN, "INT8-WEIGHTS", ["INT8-WEIGHTS float=f32"]),
+    (CPU, "FP32", ["FP32", "BF16", f"FP32 {TWO}", f"BF16 {TWO}"]),
+    (PLAIN, "FP32", ["FP32", f"FP32 {TWO}"]),
+    (replace(PLAIN, cores=1), "FP32", ["FP32"]),
+    (ARM, "FP32", ["FP32", "FP16", f"FP32 {FOUR}", f"FP32 {PAIRS}", f"FP16 {FOUR}", f"FP16 {PAIRS}"]),
+    (CPU, "INT8", ["INT8 float=f32", "INT8 float=bf16", f"INT8 float=f32 {TWO}", f"INT8 float=bf16 {TWO}"]),
+    (PLAIN, "INT8-WEIGHTS", ["INT8-WEIGHTS float=f32", f"INT8-WEIGHTS float=f32 {TWO}"]),
     (ARC, "FP32", ["FP32", "FP16"]),
     (ARC, "INT8", ["INT8 float=f32", "INT8 float=f16"]),
     (NPU, "FP32", ["FP16 static=4"]),
@@ -135,7 +137,17 @@ def model(tmp_path):
 
 @pytest.mark.parametrize(
     ("cores", "options", "asked"),
-    [(1, {}, 1), (1, {"threads": "2"}, 2), (2, {}, None), (3, {}, None), (0, {}, None), (None, {}, None)],
+    [
+        (1, {}, 1),
+        (1, {"threads": "2"}, 2),
+        (2, {}, None),
+        (3, {}, None),
+        (0, {}, None),
+        (None, {}, None),
+        (1, {"streams": "2"}, 1),
+        (2, {"streams": "2", "threads": "1"}, 2),
+        (2, {"streams": "2", "threads": "2"}, 4),
+    ],
 )
 def test_threads_are_set_where_the_inventory_counts_fewer_cores_than_the_affinity(
     model, monkeypatch, cores, options, asked
@@ -156,8 +168,18 @@ def test_threads_are_set_where_the_inventory_counts_fewer_cores_than_the_affinit
     session = backend.load(model, Variant("openvino", "cpu", "FP32", options))
     assert [one.get("INFERENCE_NUM_THREADS") for one in found] == [asked]
     if asked == 1:
+        assert session.streams == 1, "the runtime has no more streams than threads"
         assert "threads=1" in session.executed_on().detail
     session.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [("cpu", {"streams": "2", "static": "1"}), ("intel-npu0", {"streams": "2"}), ("cpu", {"streams": "65"})],
+)
+def test_streams_that_cannot_be_are_refused(device, options):
+    with pytest.raises(ValueError, match="option 'streams' is"):
+        Settings.of(Variant("openvino", device, "FP16" if device != "cpu" else "FP32", options), "FP32")
 
 
 def test_a_device_that_compiles_single_shapes_only_gets_one_for_each_shape(model, monkeypatch):

@@ -13,15 +13,17 @@ import grpc
 import pytest
 import uvloop
 
+from appliance.clients import NOBODY
 from appliance.config import Config
 from appliance.errors import KINDS, Overloaded
+from appliance.manifest import BatchSection
 from appliance.server import listen
 from appliance.server.access import METHOD_ROLE
 from appliance.server.grpc import GrpcServer
 from appliance.server.grpc_stream import MAX_STREAM_REQUESTS, InferStream
 from appliance.server.oip import CALLS
 from appliance.server.status import GRPC_STATUS
-from appliance.types import Peer, Role
+from appliance.types import Peer, Role, SequenceStep
 from appliance.wire import open_inference_pb2 as pb
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -125,6 +127,118 @@ def test_the_deadline_reaches_the_engine_and_the_timeout_parameter_shortens_it(t
             none, deadline, both, parameter = [made.timeout_us for made in service.engine.requests]
             assert (none, both < 8, parameter < 8) == (0, True, True)
             assert 0 < deadline < 1_100_000_000  # gRPC rounds a time limit up on its way
+
+    within(run())
+
+
+def test_parameters_reach_the_engine_whether_their_head_is_known_or_not(tmp_path):
+    async def run():
+        async with serving(tmp_path) as service:
+            for _ in range(2):
+                await service.infer(request(priority=3))
+                await service.infer(request())
+                await service.infer(request(priority=1, timeout=60_000_000))
+            asked = [(made.priority, made.timeout_us > 0) for made in service.engine.requests]
+            assert asked == 2 * [(3, False), (0, False), (1, True)]
+            assert service.engine.plans == 3
+
+    within(run())
+
+
+def test_requests_of_sequences_drive_no_other_head_out(tmp_path):
+    async def run():
+        async with serving(tmp_path) as service:
+            service.engine.takes_sequences = True
+            await service.infer(request())
+            for number in range(1, 21):
+                await service.infer(request(sequence_id=number))
+            await service.infer(request())
+            steps = [made.sequence for made in service.engine.requests]
+            assert steps == [None, *map(SequenceStep, range(1, 21)), None]
+            assert service.engine.plans == 21
+
+    within(run())
+
+
+def test_a_sequence_is_refused_where_the_model_keeps_no_state(tmp_path):
+    async def run():
+        async with serving(tmp_path) as service:
+            code, kind, message = await refused(service.infer(request(sequence_id=4)))
+            assert (code, kind) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid-request")
+            assert "not stateful" in message
+            assert service.engine.requests == []
+
+    within(run())
+
+
+def test_a_level_may_ignore_the_timeout_parameter_and_never_the_calls_own(tmp_path):
+    async def run():
+        async with serving(tmp_path) as service:
+            levels = {3: {"default_timeout_ms": 60_000}}
+            section = BatchSection(allow_timeout_override=False, priority_queue_policy=levels)
+            service.engine.policies = section.policies()
+            await service.infer(request(timeout=7))
+            await service.infer(request(timeout=7), timeout=600)
+            await service.infer(request(timeout=7, priority=3))
+            ignored, call, level = [made.timeout_us for made in service.engine.requests]
+            assert ignored == 0
+            assert 60_000_000 < call < 700_000_000
+            assert 7 < level <= 60_000_000
+
+    within(run())
+
+
+def test_who_asks_over_tcp_has_an_account_for_each_connection_and_on_the_socket_one(tmp_path):
+    async def run():
+        async with serving(tmp_path) as service:
+            engine = service.engine
+            others = [
+                grpc.aio.insecure_channel(f"127.0.0.1:{service.port}", options=OPTIONS),
+                service.unix_channel(),
+                service.unix_channel(),
+            ]
+            for channel in (service.channel, *others):
+                await service.infer(request(), channel)
+                stream = channel.stream_stream(OIP + "ModelStreamInfer")()
+                await stream.write(request().SerializeToString())
+                await stream.done_writing()
+                await read_answer(stream)
+                assert await stream.read() is grpc.aio.EOF
+            accounts = [made.client for made in engine.requests]
+            assert accounts[0::2] == accounts[1::2]  # a stream's requests go on it as well
+            first, second, third, fourth = accounts[0::2]
+            assert len({first, second, third}) == 3
+            assert third is fourth
+            assert (third.key, len(engine.clients)) == ((os.geteuid(), os.getpid()), 3)
+            for channel in others:
+                await channel.close()
+
+    within(run())
+
+
+def test_the_account_goes_with_the_last_connection(tmp_path):
+    async def run():
+        async with serving(tmp_path) as service:
+            accounts = service.engine.clients
+
+            async def come_to(count):
+                while len(accounts) != count:  # noqa: ASYNC110 the server tells nobody who comes and goes
+                    await asyncio.sleep(0.01)
+
+            _, over_tcp = await asyncio.open_connection("127.0.0.1", service.port)
+            await come_to(1)
+            _, first = await asyncio.open_unix_connection(service.unix_path)
+            await come_to(2)
+            _, second = await asyncio.open_unix_connection(service.unix_path)
+            over_tcp.close()
+            await come_to(1)
+            first.close()
+            mine = accounts.enter(Peer("grpc", Role.INFER, os.geteuid(), pid=os.getpid()))
+            while mine.connections != 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            accounts.leave(mine)
+            second.close()
+            await come_to(0)
 
     within(run())
 
@@ -493,7 +607,7 @@ def test_a_stream_whose_answers_are_not_read_is_ended():
             return 0
 
     async def run():
-        stream = InferStream(EchoEngine(), Peer("grpc", Role.INFER), Stalled(), 1 << 20, stall_seconds=0.05)
+        stream = InferStream(EchoEngine(), Peer("grpc", Role.INFER), NOBODY, Stalled(), 1 << 20, stall_seconds=0.05)
         with pytest.raises(Overloaded, match="does not read"):
             await stream.run()
 

@@ -4,22 +4,27 @@ import asyncio
 import math
 import resource
 import struct
+from dataclasses import replace
 
 import pytest
 
 from appliance.errors import ApplianceError, InvalidRequest, ModelNotFound, PermissionDenied, Unimplemented
+from appliance.manifest import Manifest
 from appliance.metrics import ModelStatistics
 from appliance.server import oip
 from appliance.server.access import METHOD_ROLE
 from appliance.server.oip_infer import MAX_CONVERTED_ELEMENTS, MAX_ELEMENTS, MAX_RANK, MAX_TENSORS, read_parameters
 from appliance.server.oip_wire import MAX_FIELDS, MAX_HEAD_BYTES, MAX_TYPED_BYTES, parse_infer, parse_message, varint
 from appliance.types import (
+    NO_OPTIONS,
     InferResult,
     ModelDescription,
     ModelState,
     ModelStatus,
     Peer,
+    RequestOptions,
     Role,
+    SequenceStep,
     Tensor,
     TensorSpec,
     Timings,
@@ -202,34 +207,93 @@ def test_classification_is_refused_rather_than_ignored():
     assert "classification" in refusal(message)
 
 
-def test_sequences_are_refused_rather_than_run_without_state():
-    message = request(raw=bytes(8))
-    message.parameters["sequence_id"].int64_param = 0
-    oip.request_from_message(message, PEER)
-    message.parameters["sequence_id"].string_param = "s"
-    assert "stateful" in refusal(message)
+# ------------------------------------------------------------------ reserved parameters
+
+
+def options(**values):
+    """What parameters ask for; each value goes into the field of its type, as Triton's client puts it."""
+    parameters = pb.ModelInferRequest().parameters
+    for name, value in values.items():
+        fields = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
+        field = "uint64_param" if type(value) is int and value >= 2**63 else fields[type(value)]
+        setattr(parameters[name], field, value)
+    return read_parameters(parameters)
+
+
+def test_parameters_say_how_a_request_is_scheduled():
+    step = SequenceStep(2**64 - 1, True, False)
+    asked = options(timeout=9, priority=3, sequence_id=2**64 - 1, sequence_start=True, sequence_end=False)
+    assert asked == RequestOptions(9, 3, step)
+    assert options(sequence_id="stream 7", sequence_end=True).sequence == SequenceStep("stream 7", False, True)
+    assert options(priority=2**64 - 1).priority == 2**64 - 1
+
+
+@pytest.mark.parametrize(("word", "level"), [("interactive", 1), ("default", 2), ("background", 3)])
+def test_a_priority_may_be_a_word(word, level):
+    assert options(priority=word) == RequestOptions(priority=level)
 
 
 @pytest.mark.parametrize(
-    ("transport", "parameter", "expected"), [(0, 0, 0), (0, 5, 5), (7, 0, 7), (7, 5, 5), (5, 7, 5)]
+    "values",
+    [
+        {},
+        {"anything_else": "ignored"},
+        {"timeout": 0, "priority": 0, "sequence_id": 0, "sequence_start": False, "sequence_end": False},
+        {"sequence_id": ""},
+    ],
 )
-def test_the_timeout_parameter_only_shortens(transport, parameter, expected):
-    message = request(raw=bytes(8))
-    message.parameters["timeout"].int64_param = parameter
-    message.parameters["anything_else"].string_param = "ignored"
-    assert oip.request_from_message(message, PEER, transport).timeout_us == expected
+def test_who_asks_for_nothing_gets_the_one_object_that_says_so(values):
+    """The request path tells by identity."""
+    assert options(**values) is NO_OPTIONS
 
 
-def test_the_timeout_parameter_must_be_a_natural_number():
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"timeout": -1}, "cannot use -1 as the parameter timeout: it must not be negative"),
+        ({"timeout": "9"}, "timeout: it must be an integer of microseconds"),
+        ({"timeout": 9.0}, "timeout: it must be an integer of microseconds"),
+        ({"timeout": True}, "timeout: it must be an integer of microseconds"),
+        ({"priority": -(2**63)}, "priority: it must not be negative"),
+        ({"priority": True}, "priority: it must be an integer or one of interactive, default, background"),
+        ({"priority": 1.0}, "priority: it must be an integer"),
+        ({"priority": "Interactive"}, "'Interactive' as the parameter priority: it is none of interactive"),
+        ({"priority": ""}, "priority: it is none of"),
+        ({"priority": "\x1b[2J" + "9" * 10_000}, "priority: it is none of"),
+        ({"sequence_id": -1}, "sequence_id: it must not be negative"),
+        ({"sequence_id": 1.5}, "sequence_id: it must be an integer or a string"),
+        ({"sequence_id": "ä" * 65}, "sequence_id: it is longer than 128 bytes"),
+        ({"sequence_id": "s" * 10_240}, "sequence_id: it is longer than 128 bytes"),
+        ({"sequence_id": 1, "sequence_start": 1}, "sequence_start: it must be true or false"),
+        ({"sequence_id": 1, "sequence_end": "true"}, "sequence_end: it must be true or false"),
+        ({"sequence_start": True}, "cannot start or end a sequence: sequence_id must name it"),
+        ({"sequence_id": 0, "sequence_end": True}, "cannot start or end a sequence: sequence_id must name it"),
+        ({"sequence_id": "", "sequence_end": True}, "cannot start or end a sequence: sequence_id must name it"),
+    ],
+)
+def test_parameters_that_cannot_be_meant_are_refused(values, rule):
+    with pytest.raises(InvalidRequest) as caught:
+        options(**values)
+    message = str(caught.value)
+    assert rule in message
+    assert message.isprintable()
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("name", ["timeout", "priority", "sequence_id", "sequence_start", "sequence_end"])
+def test_a_parameter_without_a_value_is_refused(name):
     parameters = pb.ModelInferRequest().parameters
-    parameters["timeout"].uint64_param = 9
-    assert read_parameters(parameters, 0) == 9
-    parameters["timeout"].int64_param = -1
-    with pytest.raises(InvalidRequest, match="negative"):
-        read_parameters(parameters, 0)
-    parameters["timeout"].string_param = "9"
-    with pytest.raises(InvalidRequest, match="integer"):
-        read_parameters(parameters, 0)
+    parameters[name].SetInParent()
+    with pytest.raises(InvalidRequest, match=f"cannot use the parameter {name}"):
+        read_parameters(parameters)
+
+
+def test_a_transports_time_limit_is_kept_apart_from_the_parameter():
+    """A model may ignore the one and not the other."""
+    message = request(raw=bytes(8))
+    message.parameters["timeout"].int64_param = 5
+    made = oip.request_from_message(message, PEER, 7)
+    assert (made.timeout_us, made.options.timeout_us) == (7, 5)
 
 
 @pytest.mark.parametrize("request_id", ["a\r\nb", "\x1b[31m", "\0", "x" * 257, "x" * (1 << 20)])
@@ -271,7 +335,7 @@ def test_a_large_request_is_parsed_without_copying_its_tensors():
     assert raw[1].obj is body
     made = oip.request_from_message(parsed, PEER, raw=raw)
     assert [bytes(tensor.content) for tensor in made.inputs] == [bytes(8), b"\x07" * (1 << 20)]
-    assert made.timeout_us == 3
+    assert made.options.timeout_us == 3
 
 
 def test_a_large_typed_request_is_parsed_whole():
@@ -384,6 +448,7 @@ def test_serialising_with_appended_tensors_is_the_same_message():
 
 # ------------------------------------------------------------------ descriptions
 
+UNLOADED = ModelStatus("m", "1", ModelState.UNLOADED)
 STATUS = ModelStatus(
     "m",
     "2",
@@ -396,6 +461,8 @@ STATUS = ModelStatus(
     max_batch_size=8,
     resident_bytes=5,
 )
+ARTIFACTS = [{"path": "2/model.onnx", "format": "onnx"}]
+MANIFEST = Manifest(name="m", artifacts=ARTIFACTS)
 DESCRIPTION = ModelDescription(
     "m",
     "2",
@@ -405,6 +472,7 @@ DESCRIPTION = ModelDescription(
     (TensorSpec("y", "BF16", (-1, -1, 4)),),
     8,
     STATUS,
+    MANIFEST,
 )
 
 
@@ -426,7 +494,6 @@ def test_config_shows_dims_without_the_batch_and_where_the_model_runs():
         (pb.TYPE_STRING, [1]),
     ]
     assert (message.output[0].data_type, list(message.output[0].dims)) == (pb.TYPE_BF16, [-1, 4])
-    assert message.HasField("dynamic_batching")
     assert message.version_policy.latest.num_versions == 1
     assert message.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
     assert message.parameters["precision"].string_value == "FP32"
@@ -434,17 +501,106 @@ def test_config_shows_dims_without_the_batch_and_where_the_model_runs():
 
 def test_config_of_a_model_without_batches_keeps_all_dims():
     spec = TensorSpec("x", "INT64", (3, 4))
-    plain = ModelDescription("m", "1", ("1",), "p", (spec,), (spec,), 0, ModelStatus("m", "1", ModelState.UNLOADED))
+    plain = ModelDescription("m", "1", ("1",), "p", (spec,), (spec,), 0, UNLOADED, MANIFEST)
     message = oip.config_message(plain)
     assert list(message.input[0].dims) == [3, 4]
     assert not message.HasField("dynamic_batching")
     assert not message.instance_group
 
 
+def config_of(**sections):
+    """The configuration of a model whose manifest has these sections."""
+    manifest = Manifest.model_validate({"name": "m", "artifacts": ARTIFACTS, **sections})
+    return oip.config_message(replace(DESCRIPTION, manifest=manifest))
+
+
+def test_config_of_a_manifest_that_says_nothing_shows_the_three_levels_there_are():
+    batching = config_of().dynamic_batching
+    assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
+    assert (list(batching.preferred_batch_size), batching.max_queue_delay_microseconds) == ([], 0)
+    policy = batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (4096, 0)
+    assert (policy.timeout_action, policy.allow_timeout_override) == (pb.ModelQueuePolicy.REJECT, True)
+    assert not batching.priority_queue_policy
+
+
+def test_config_shows_what_the_manifest_says_of_the_queue():
+    message = config_of(
+        batch={
+            "max_queue_delay_us": 250,
+            "preferred_batch_sizes": [2, 4],
+            "max_queue_size": 10,
+            "default_timeout_ms": 40,
+            "priority_levels": 5,
+            "default_priority_level": 3,
+            "priority_queue_policy": {
+                "1": {"max_queue_size": 3, "default_timeout_ms": 0},
+                "5": {"timeout_action": "delay", "allow_timeout_override": False},
+            },
+        },
+        cache={"max_bytes": 1},
+    )
+    batching = message.dynamic_batching
+    assert (list(batching.preferred_batch_size), batching.max_queue_delay_microseconds) == ([2, 4], 250)
+    assert (batching.priority_levels, batching.default_priority_level) == (5, 3)
+    policies = {
+        level: (policy.timeout_action, policy.default_timeout_microseconds, policy.allow_timeout_override,
+                policy.max_queue_size)
+        for level, policy in (*batching.priority_queue_policy.items(), (0, batching.default_queue_policy))
+    }  # fmt: skip
+    assert policies == {0: (0, 40_000, True, 10), 1: (0, 0, True, 3), 5: (1, 40_000, False, 10)}
+    assert message.response_cache.enable
+
+
+@pytest.mark.parametrize("strategy", ["oldest", "direct"])
+def test_config_of_a_stateful_model_shows_how_its_sequences_run(strategy):
+    section = {
+        "strategy": strategy,
+        "max_sequences": 9,
+        "idle_seconds": 2.5,
+        "state": [{"input": "s_in", "output": "s_out"}],
+        "controls": {"start": "begins", "correlation_id": "id"},
+    }
+    message = config_of(sequence=section, batch={"max_queue_delay_us": 7, "preferred_batch_sizes": [3]})
+    assert message.WhichOneof("scheduling_choice") == "sequence_batching"
+    batching = message.sequence_batching
+    assert batching.WhichOneof("strategy_choice") == strategy
+    assert getattr(batching, strategy).max_queue_delay_microseconds == 7
+    assert (batching.oldest.max_candidate_sequences, list(batching.oldest.preferred_batch_size)) == (
+        (9, [3]) if strategy == "oldest" else (0, [])
+    )
+    assert batching.max_sequence_idle_microseconds == 2_500_000
+    assert [(each.input_name, each.output_name) for each in batching.state] == [("s_in", "s_out")]
+    kind = pb.ModelSequenceBatching.Control
+    assert [(each.name, each.control[0].kind) for each in batching.control_input] == [
+        ("begins", kind.CONTROL_SEQUENCE_START),
+        ("id", kind.CONTROL_SEQUENCE_CORRID),
+    ]
+
+
+def test_triton_clients_read_the_same_configuration():
+    """Field numbers are Triton's: its own message has the same in its fields."""
+    service = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    batch = {"preferred_batch_sizes": [4], "priority_queue_policy": {"3": {"timeout_action": "delay"}}}
+    theirs = service.ModelConfig.FromString(config_of(batch=batch, cache={"max_bytes": 1}).SerializeToString())
+    batching = theirs.dynamic_batching
+    assert (list(batching.preferred_batch_size), batching.priority_levels) == ([4], 3)
+    assert batching.priority_queue_policy[3].timeout_action == service.ModelQueuePolicy.DELAY
+    assert batching.default_queue_policy.max_queue_size == 4096
+    assert theirs.response_cache.enable
+    section = {"state": [{"input": "a", "output": "b"}], "controls": {"end": "last"}}
+    theirs = service.ModelConfig.FromString(config_of(sequence=section).SerializeToString())
+    assert theirs.sequence_batching.oldest.max_candidate_sequences == 64
+    assert theirs.sequence_batching.control_input[0].control[0].kind == 2
+    assert theirs.sequence_batching.state[0].output_name == "b"
+
+
 def test_statistics_are_tritons():
     statistics = ModelStatistics()
     statistics.ran(4, Timings(decode_ns=1, copy_ns=2, compute_ns=30, postprocess_ns=5), wall_ms=99)
     statistics.success.add(50, 2)
+    statistics.cache_hit.add(6, 3)
+    statistics.cache_miss.add(7)
     message = oip.statistics_message([(STATUS, statistics)])
     (model,) = message.model_stats
     assert (model.name, model.version, model.last_inference) == ("m", "2", 99)
@@ -452,6 +608,8 @@ def test_statistics_are_tritons():
     assert (model.inference_stats.success.count, model.inference_stats.success.ns) == (2, 50)
     assert model.inference_stats.compute_infer.ns == 30
     assert [(entry.batch_size, entry.compute_infer.count) for entry in model.batch_stats] == [(4, 1)]
+    assert (model.inference_stats.cache_hit.count, model.inference_stats.cache_hit.ns) == (3, 6)
+    assert (model.inference_stats.cache_miss.count, model.inference_stats.cache_miss.ns) == (1, 7)
     assert model.memory_usage[0].byte_size == 5
 
 

@@ -10,7 +10,7 @@ import pytest
 from appliance.errors import BackendError, InvalidRequest, Overloaded
 from appliance.server import rest
 from appliance.server.rest_elements import elements_of, elements_to_bytes
-from appliance.types import InferResult, Tensor, Timings
+from appliance.types import NO_OPTIONS, InferResult, Tensor, Timings
 from appliance.wire.elements import split_elements
 
 
@@ -143,6 +143,11 @@ def test_wrong_encodings_are_refused(datatype, encoding, value):
         decode_input(datatype=datatype, shape=[1], data=[value], parameters={"content_encoding": encoding})
 
 
+def test_null_parameters_are_none():
+    names = ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end")
+    assert decode({"inputs": [], "parameters": dict.fromkeys(names)}).request.options is NO_OPTIONS
+
+
 @pytest.mark.parametrize(
     ("header", "named"),
     [
@@ -166,11 +171,17 @@ def test_wrong_encodings_are_refused(datatype, encoding, value):
         ({"inputs": [], "id": "a\nb"}, "id may hold"),
         ({"inputs": [], "id": "a" * 257}, "id may hold 256"),
         ({"inputs": [], "parameters": []}, "parameters must be an object"),
-        ({"inputs": [], "parameters": {"timeout": "1"}}, "parameters.timeout must be an integer"),
-        ({"inputs": [], "parameters": {"timeout": -1}}, "parameters.timeout must be microseconds"),
-        ({"inputs": [], "parameters": {"timeout": True}}, "parameters.timeout must be an integer"),
+        ({"inputs": [], "parameters": {"timeout": "1"}}, "timeout: it must be an integer"),
+        ({"inputs": [], "parameters": {"timeout": -1}}, "timeout: it must not be negative"),
+        ({"inputs": [], "parameters": {"timeout": True}}, "timeout: it must be an integer"),
+        ({"inputs": [], "parameters": {"timeout": 1.0}}, "timeout: it must be an integer"),
+        ({"inputs": [], "parameters": {"timeout": 2**64}}, "timeout: it must be an integer"),
         ({"inputs": [], "parameters": {"binary_data_output": 1}}, "binary_data_output must be true or false"),
-        ({"inputs": [], "parameters": {"sequence_id": 4}}, "stateful"),
+        ({"inputs": [], "parameters": {"priority": "urgent"}}, "priority: it is none of interactive"),
+        ({"inputs": [], "parameters": {"priority": {}}}, "priority: it must be an integer"),
+        ({"inputs": [], "parameters": {"sequence_id": []}}, "sequence_id: it must be an integer or a string"),
+        ({"inputs": [], "parameters": {"sequence_id": 4, "sequence_end": 1}}, "sequence_end: it must be true or false"),
+        ({"inputs": [], "parameters": {"sequence_id": "", "sequence_start": True}}, "cannot start or end a sequence"),
         ({"inputs": [], "outputs": [3]}, r"outputs\[0\] must be an object"),
         ({"inputs": [], "outputs": [{}]}, r"outputs\[0\].name is missing"),
         ({"inputs": [], "outputs": [{"name": "y", "parameters": {"binary_data": 1}}]}, "binary_data must be true"),

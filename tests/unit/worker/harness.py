@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,10 +134,11 @@ class Worker:
         )
         theirs.close()
         self.inputs = self.outputs = None
+        self.slabs = {}
 
     def close(self):
         self.socket.close()
-        for area in (self.inputs, self.outputs):
+        for area in chain.from_iterable(self.slabs.values()):
             if area is not None:
                 area.close()
         with contextlib.suppress(ProcessLookupError):
@@ -183,6 +184,7 @@ class Worker:
         socket.send_fds(self.socket, [packet], fds)
         self.inputs = mmap.mmap(fds[0], input_bytes) if input_bytes else None
         self.outputs = mmap.mmap(fds[1], output_bytes) if output_bytes else None
+        self.slabs[slot] = self.inputs, self.outputs
         for fd in fds:
             os.close(fd)
 
@@ -192,22 +194,26 @@ class Worker:
     def unmap_region(self, region):
         self.socket.send(wire.REGION.pack(wire.Kind.UNMAP, 0, 0, region, 0))
 
-    def send_run(self, tensors, rows, batch=1, wanted=1, slot=0):
+    def send_run(self, tensors, rows, batch=1, wanted=1, slot=0, steps=()):
+        """Send RUN; `steps` are (seat, flags, id) of each row, of a model with sequences."""
         header = wire.RUN_HEADER.pack(wire.Kind.RUN, slot, len(tensors), rows, batch, wanted)
-        self.socket.send(header + wire.pack_layout(tensors))
+        packed = b"".join(wire.STEP.pack(*step) for step in steps)
+        self.socket.send(header + wire.pack_layout(tensors) + packed)
 
     def answer(self):
         packet, fds = self.receive()
         if packet[0] == wire.Kind.DONE:
-            return Done(packet, fds, self.outputs)
+            _, output = self.slabs.get(packet[1], (None, self.outputs))
+            return Done(packet, fds, output)
         assert packet[0] == wire.Kind.FAULT, packet[:1]
         return Fault(packet)
 
-    def place(self, contents):
-        """Write (index, datatype, shape, bytes) into the input slab; returns their layout."""
+    def place(self, contents, slot=None):
+        """Write (index, datatype, shape, bytes) into a slot's input slab, by default the last; returns their layout."""
+        inputs = self.inputs if slot is None else self.slabs[slot][0]
         layout, offset = [], 0
         for index, datatype, shape, content in contents:
-            self.inputs[offset : offset + len(content)] = content
+            inputs[offset : offset + len(content)] = content
             layout.append(wire.TensorLayout(index, datatype, tuple(shape), 0, offset, len(content)))
             offset += -(-len(content) // 64) * 64
         return layout

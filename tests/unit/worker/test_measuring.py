@@ -54,7 +54,8 @@ def test_a_sample_model_is_measured_as_it_would_be_served(name, backend, precisi
     assert loaded.pop("runtime").startswith(f"{backend} ")
     assert loaded.pop("provider")
     assert loaded == {
-        "device": "cpu", "precision": precision, "reason": "", "max_batch_size": 64, "tokens": tokens
+        "device": "cpu", "precision": precision, "reason": "", "max_batch_size": 64, "tokens": tokens, "units": tokens,
+        "streams": 1,
     }  # fmt: skip
     assert [point.rows for point in points(answers)] == [1, 4], "1000 rows are more than a batch"
     for point in points(answers):
@@ -90,6 +91,31 @@ def test_dynamic_dimensions_have_the_length_of_the_sample_or_of_the_first_run(tm
     answers = measured(load, sample=str(tmp_path / "s.jsonl"), rows=[8])
     assert harness.said(answers, "loaded")[0]["tokens"] == 5
     assert [point.rows for point in points(answers)] == [8], "three rows make up eight"
+
+
+def test_units_are_the_elements_of_the_open_dimensions_of_the_largest_input(tmp_path):
+    inputs = [["x", "FP32", [-1, -1, 3, -1]], ["m", "FP32", [-1, -1]], ["z", "FP32", [-1, 100]]]
+    behaviour = {"inputs": inputs, "outputs": [["y", "FP32", [-1, -1, 3, -1]]]}
+    (loaded,) = harness.said(measured(harness.fake_load(tmp_path, {"max_batch_size": 8}, **behaviour)), "loaded")
+    assert (loaded["tokens"], loaded["units"]) == (8, 64)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_several_streams_are_measured_together_and_the_smallest_batch_also_alone(backend):
+    load = harness.load_of(harness.MODELS / "digits", backend, options={"streams": "2", "threads": "1"})
+    answers = measured(load, rows=[4, 2, 8], seconds=0.05, done=[4])
+    (loaded,) = harness.said(answers, "loaded")
+    assert loaded["streams"] == 2
+    found = points(answers)
+    assert [(point.rows, point.alone_us is not None) for point in found] == [(2, True), (8, False)]
+    assert all(point.samples >= MIN_SAMPLES and point.median_us > 0 for point in found)
+    again = points(measured(load, rows=[4, 2, 8], seconds=0.05, done=[2]))
+    assert [(point.rows, point.alone_us) for point in again] == [(4, None), (8, None)], "the smallest is known"
+
+
+def test_a_run_that_fails_in_one_of_several_streams_fails_the_task(tmp_path):
+    load = harness.fake_load(tmp_path, {"max_batch_size": 64}, streams=3, raise_above=BROKEN)
+    assert failure(measured(load, rows=[16]))[1] == f"cannot measure 16 rows: RuntimeError: {BROKEN['says']}"
 
 
 def test_prints_of_a_plugin_do_not_spoil_the_answer(tmp_path):
@@ -177,8 +203,8 @@ class Session:
         return {}
 
 session = Session()
-model = SimpleNamespace(session=session, outputs=(), max_batch_size=1)
-point = measuring._Stopwatch(model, Suspensions(), NoCounter(), 0).point(1, {})
+model = SimpleNamespace(session=session, outputs=(), max_batch_size=1, streams=1)
+point = measuring._Stopwatch(model, Suspensions(), NoCounter(), 0).point(1, {}, is_smallest=True)
 print(json.dumps([session.runs, point.samples]))
 """
 

@@ -208,6 +208,31 @@ def test_pictures_pings_and_faults_are_answered_in_the_order_they_came(fake):
     assert answers == expected
 
 
+def test_each_stream_decodes_the_pictures_of_its_own_batch(fake, tmp_path, monkeypatch):
+    """One batch runs as long as it is told to, while others of many rows, of one and of bytes that lie are answered."""
+    monkeypatch.syspath_prepend(str(harness.FAKES))
+    from fake_backend import MAGIC
+
+    gate = tmp_path / "gate"
+    worker = fake(MANIFEST, **SPECS, streams=2, run_gate=str(gate))
+    send_pictures(worker, [png(grey(MAGIC["wait"]))], batch=1)
+    worker.give_slab(1)
+    for number in range(2, 12):
+        contents = [png(grey(number)), b"junk", png(grey(3))][: 1 + 2 * (number % 2)]
+        layout = worker.place([(1, "BYTES", (len(contents), 1), harness.elements(*contents))], 1)
+        worker.send_run(layout, len(contents), number, slot=1)
+        answer = worker.answer()
+        assert answer.batch == number
+        assert answer.array(0)[:, 0, 0, 0].tolist() == [number, 0, 3][: len(contents)]
+        assert sorted(answer.row_errors) == ([1] if len(contents) > 1 else [])
+        worker.send_run([wire.TensorLayout(1, "BYTES", (1, 1), 0, 0, 2)], 1, number, slot=1)
+        fault = worker.answer()
+        assert isinstance(fault, harness.Fault)
+        assert (fault.batch, fault.slot) == (number, 1)
+    gate.touch()
+    np.testing.assert_array_equal(worker.answer().array(0), MAGIC["wait"])
+
+
 def test_a_picture_model_ends_at_end_of_file(fake):
     worker = fake(MANIFEST, **SPECS)
     worker.socket.close()

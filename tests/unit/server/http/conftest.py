@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 
-from appliance.config import Config
+from appliance.clients import Clients
+from appliance.config import ClientsSection, Config
 from appliance.errors import ModelNotFound
 from appliance.inventory import Device, Inventory
+from appliance.manifest import BatchSection, Manifest
 from appliance.metrics import ModelStatistics
 from appliance.plugins import BackendRecord, PluginStatus
 from appliance.server.http import HttpServer
@@ -44,6 +46,8 @@ class FakeEngine:
     arrived: threading.Event = field(default_factory=threading.Event)
     model_states: dict = field(default_factory=lambda: {"echo": ModelState.READY, "idle": ModelState.UNLOADED})
     counters: ModelStatistics = field(default_factory=ModelStatistics)
+    batch: BatchSection = field(default_factory=BatchSection)
+    clients: Clients = field(default_factory=lambda: Clients(ClientsSection()))
 
     def _status(self, name, version=""):
         if name not in self.model_states or version not in ("", "1"):
@@ -59,7 +63,8 @@ class FakeEngine:
     def describe(self, name, version=""):
         status = self._status(name, version)
         specs = (TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "BYTES", (-1,)),)
-        return ModelDescription(name, "1", ("1",), "onnxruntime_onnx", *specs, 8, status)
+        manifest = Manifest(name=name, artifacts=[{"path": "1/model.onnx", "format": "onnx"}], batch=self.batch)
+        return ModelDescription(name, "1", ("1",), "onnxruntime_onnx", *specs, 8, status, manifest)
 
     def statuses(self):
         return [self._status(name) for name in sorted(self.model_states)]

@@ -3,10 +3,14 @@
 import asyncio
 import gzip
 import json
+import os
 import struct
+import time
 import zlib
 
 import pytest
+
+from appliance.types import RequestOptions, SequenceStep
 
 INPUT = {"name": "x", "datatype": "FP32", "shape": [2], "data": [1.5, -2]}
 INFER = "/v2/models/echo/infer"
@@ -19,8 +23,22 @@ def test_json_in_json_out(server, engine):
     assert (answer.json["id"], answer.json["model_name"], answer.json["model_version"]) == ("mine", "echo", "1")
     parameters = answer.json["parameters"]
     assert (parameters["queue_us"], parameters["compute_us"], parameters["batch_rows"]) == (5, 7, 1)
-    assert engine.requests[0].timeout_us == 5000000
+    assert engine.requests[0].options.timeout_us == 5000000
     assert "inference-header-content-length" not in answer.headers
+
+
+def test_parameters_and_the_connections_account_reach_the_engine(server, engine):
+    parameters = {"priority": "background", "sequence_id": "s", "sequence_start": True}
+    for is_tcp in (False, True):
+        assert server.ask("POST", INFER, {"inputs": [INPUT], "parameters": parameters}, tcp=is_tcp).status == 200
+    unix, tcp = engine.requests
+    assert unix.options == tcp.options == RequestOptions(0, 3, SequenceStep("s", True, False))
+    assert unix.client.key == (os.geteuid(), os.getpid())
+    assert tcp.client.key[0] == "http"
+    deadline = time.monotonic() + 10
+    while len(engine.clients) and time.monotonic() < deadline:  # both connections are closed
+        time.sleep(0.01)
+    assert len(engine.clients) == 0
 
 
 def test_binary_in_binary_out(server):

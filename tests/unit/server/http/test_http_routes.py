@@ -6,6 +6,7 @@ import pytest
 
 from appliance import __version__
 from appliance.errors import KINDS, ApplianceError, NoPlacement
+from appliance.manifest import BatchSection
 from appliance.server.access import METHOD_ROLE
 from appliance.server.status import HTTP_STATUS
 from appliance.types import ModelState, Role
@@ -35,9 +36,23 @@ def test_model_paths_with_and_without_version(server, version):
     assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}]
     assert config["output"] == [{"name": "y", "data_type": "TYPE_STRING", "dims": []}]
     assert config["max_batch_size"] == 8
+    assert config["dynamic_batching"]["priority_levels"] == 3
     assert server.ask("GET", f"/v2/models/echo{version}/ready").status == 200
     statistics = server.ask("GET", f"/v2/models/echo{version}/stats").json["model_stats"]
     assert [row["name"] for row in statistics] == ["echo"]
+
+
+def test_the_configuration_has_the_policy_of_each_level(server, engine):
+    engine.batch = BatchSection(priority_queue_policy={3: {"timeout_action": "delay"}})
+    batching = server.ask("GET", "/v2/models/echo/config").json["dynamic_batching"]
+    policy = {
+        "timeout_action": "DELAY",
+        "default_timeout_microseconds": 0,
+        "allow_timeout_override": True,
+        "max_queue_size": 4096,
+    }
+    assert batching["priority_queue_policy"] == {"3": policy}
+    assert batching["default_queue_policy"] == policy | {"timeout_action": "REJECT"}
 
 
 def test_a_model_that_is_not_ready_answers_503(server):
@@ -149,6 +164,7 @@ def test_every_route_needs_a_method_of_the_access_table(server):
         "/admin/models/{model}/variants/remove",
         "/admin/models/{model}/pin",
         "/admin/models/{model}/unpin",
+        "/admin/models/{model}/instances",
         "/admin/jobs/{job}/cancel",
         "/admin/doctor",
     }
