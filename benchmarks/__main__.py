@@ -12,14 +12,15 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from rich.console import Console  # noqa: E402 - the tests' support package is found through the line above
 
-from benchmarks import embedding, grpc_rate, latency, resources  # noqa: E402
-from benchmarks.load import build_native_load, write_frames  # noqa: E402
+from benchmarks import embedding, grpc_rate, latency, policy_cost, queueing, resources  # noqa: E402
+from benchmarks.load import build, write_frames  # noqa: E402
 from benchmarks.models import write_large, write_picture  # noqa: E402
 from benchmarks.report import Line, machine, show  # noqa: E402
 from support.daemon import start_daemon  # noqa: E402
 from support.models import write_identity  # noqa: E402
 
-BUDGETS = ("1", "2", "3", "4", "6", "9", "10", "11")
+#: Numbers of the budgets, and what else has a line: fairness between clients, and what the policy costs.
+BUDGETS = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "fair", "policy")
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,7 +32,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(only: list[str], scratch: Path, say: Console) -> list[Line]:
     lines: list[Line] = []
-    program = build_native_load(scratch)
+    program = build("native_load", scratch)
     frames = write_frames(scratch)
     models = scratch / "models"
     write_identity(models / "identity")
@@ -73,13 +74,18 @@ def _measure(only: list[str], scratch: Path, say: Console) -> list[Line]:
             say.print("idling with a tokenizer ...")
             daemon.http("POST", "/v2/repository/models/language-id/load")
             lines += resources.idle(daemon, "and a text model's tokenizer")
+    if "policy" in only:
+        say.print("the policy's own cost ...")
+        lines += policy_cost.cost()
+    if queueing.PARTS & set(only) and program is not None:
+        lines += queueing.measure(set(only), scratch, say)
     if "9" in only and embedding.SOURCE.is_dir():
         say.print("a sentence encoder: quantising, measuring, choosing (minutes) ...")
         lines += _choice(scratch)
     if "9" in only and not embedding.SOURCE.is_dir():
         say.print("left out: 9, the sentence encoder is missing: make minilm")
     if program is None:
-        say.print("left out: 2 and the C client, there is no C compiler")
+        say.print("left out: 2, 5, 7, 8, fair and the C client, there is no C compiler")
     if "4" in only and not shutil.which("h2load"):
         say.print("left out: 4, h2load is missing (Debian: nghttp2-client)")
     return lines
@@ -102,7 +108,7 @@ def main() -> int:
     facts = machine()
     with tempfile.TemporaryDirectory() as scratch:
         lines = _measure(list(arguments.only), Path(scratch), say)
-    show(sorted(lines, key=lambda line: int(line.budget)), facts, arguments.json)
+    show(sorted(lines, key=lambda line: BUDGETS.index(line.budget)), facts, arguments.json)
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from appliance_client import AdminClient, AsyncClient
-from benchmarks.report import Line, median
+from benchmarks.report import Line, median, median_ratio
 from support.daemon import RunningDaemon
 
 REPOSITORY = Path(__file__).parents[1]
@@ -85,9 +85,9 @@ def choose(daemon: RunningDaemon) -> tuple[dict[str, Any], list[Line]]:
     for name in MODELS:
         admin.post(f"/v2/repository/models/{name}/load", {})
     admin.post("/admin/models/minilm-fp32/pin", {"variant": _reference(admin)})
-    _finish(admin, admin.post("/admin/models/minilm-exact/tune", {}))
-    made = _finish(admin, admin.post("/admin/models/minilm-int8/quantize", {"method": "int8"}))
-    _finish(admin, admin.get(f"/admin/jobs/{made['result']['tune_job']}"))
+    finish(admin, admin.post("/admin/models/minilm-exact/tune", {}))
+    made = finish(admin, admin.post("/admin/models/minilm-int8/quantize", {"method": "int8"}))
+    finish(admin, admin.get(f"/admin/jobs/{made['result']['tune_job']}"))
     served: dict[str, Any] = {}
     lines = []
     for name in MODELS:
@@ -107,7 +107,12 @@ def _reference(admin: AdminClient) -> str:
     return name
 
 
-def _finish(admin: AdminClient, job: dict[str, Any]) -> dict[str, Any]:
+def finish(admin: AdminClient, job: dict[str, Any]) -> dict[str, Any]:
+    """Wait for a job's end.
+
+    Raises:
+        RuntimeError: It failed.
+    """
     while job["state"] not in ("done", "failed", "cancelled"):
         time.sleep(0.2)
         job = admin.get(f"/admin/jobs/{job['id']}")
@@ -144,20 +149,20 @@ def throughput(daemon: RunningDaemon, served: dict[str, Any]) -> list[Line]:
     ]
     for name, budget in (("minilm-exact", 1.9), ("minilm-int8", 3.0)):
         what = f"sentences served as {served[name]['variant']} (bound {MODELS[name]:g}), {how}"
-        ratio = _ratio(many[name], many["minilm-fp32"])
+        ratio = median_ratio(many[name], many["minilm-fp32"])
         rate = median(many[name])
         lines.append(Line("9", what, rate, "/s", f">= {budget} x", ratio >= budget, "FP32 served", ratio))
-        lines.append(Line("9", "the same", rate, "/s", "", None, "FP32 in the bare loop", _ratio(many[name], alone)))
+        lines.append(
+            Line("9", "the same", rate, "/s", "", None, "FP32 in the bare loop", median_ratio(many[name], alone))
+        )
     for name in MODELS:
         what = f"{served[name]['variant']}, 1 a request, 32 in flight"
         lines.append(
-            Line("9", what, median(one[name]), "/s", "", None, "FP32 served", _ratio(one[name], one["minilm-fp32"]))
+            Line(
+                "9", what, median(one[name]), "/s", "", None, "FP32 served", median_ratio(one[name], one["minilm-fp32"])
+            )
         )
     return lines
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    return median([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def _rate(socket: str, model: str, requests: list[list[str]], in_flight: int, seconds: float) -> float:

@@ -20,25 +20,35 @@ def identity_message() -> ModelInferRequest:
     return message
 
 
-def build_native_load(directory: Path) -> Path | None:
-    """Compile the native load client; None where there is no C compiler."""
+def build(name: str, directory: Path) -> Path | None:
+    """Compile the load client `name`; None where there is no C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
-    program = directory / "native_load"
-    subprocess.run([compiler, "-O2", "-o", str(program), str(HERE / "native_load.c")], check=True)
+    program = directory / name
+    subprocess.run([compiler, "-O2", "-o", str(program), str(HERE / f"{name}.c")], check=True)
     return program
 
 
 def write_frames(directory: Path) -> tuple[Path, Path]:
     """Files with the HELLO frame and an INFER frame of 64 bytes."""
-    hello, infer = directory / "hello.bin", directory / "infer.bin"
+    return write_hello(directory), write_infer(directory / "infer.bin", identity_message(), 64)
+
+
+def write_hello(directory: Path) -> Path:
+    """A file with the HELLO frame."""
+    path = directory / "hello.bin"
     greeting = native.HELLO.pack(native.MAGIC, native.VERSION, 0)
-    hello.write_bytes(native.HEADER.pack(len(greeting), native.Frame.HELLO, 0, 0, 0, 0, 0) + greeting)
-    head = identity_message().SerializeToString()
-    header = native.HEADER.pack(len(head) + 64, native.Frame.INFER, 0, 0, 1, len(head), 0)
-    infer.write_bytes(header + head + bytes(64))
-    return hello, infer
+    path.write_bytes(native.HEADER.pack(len(greeting), native.Frame.HELLO, 0, 0, 0, 0, 0) + greeting)
+    return path
+
+
+def write_infer(path: Path, message: ModelInferRequest, tail: int) -> Path:
+    """A file with an INFER frame whose tail is `tail` bytes of zeros."""
+    head = message.SerializeToString()
+    header = native.HEADER.pack(len(head) + tail, native.Frame.INFER, 0, 0, 1, len(head), 0)
+    path.write_bytes(header + head + bytes(tail))
+    return path
 
 
 def native_load(

@@ -5,55 +5,11 @@
  * HELLO_FILE and FRAME_FILE hold the bytes to send (made by the benchmark in Python, so that this program knows nothing but
  * how long a frame is). Prints one JSON object: requests, seconds, errors, and latency percentiles in microseconds.
  */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "native_client.h"
+
 #include <sys/epoll.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <time.h>
-#include <unistd.h>
 
-enum { HEADER = 24, RESULT = 17, BUFFER = 1 << 20, MAX_SAMPLES = 1 << 23 };
-
-struct connection {
-    int fd;
-    uint64_t sent_ns;
-    size_t filled;
-    unsigned char *buffer;
-};
-
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
-
-static unsigned char *slurp(const char *path, size_t *size) {
-    FILE *f = fopen(path, "rb");
-    if (!f) die(path);
-    unsigned char *bytes = malloc(BUFFER);
-    *size = fread(bytes, 1, BUFFER, f);
-    fclose(f);
-    return bytes;
-}
-
-static void send_all(int fd, const unsigned char *bytes, size_t size) {
-    while (size) {
-        ssize_t n = send(fd, bytes, size, MSG_NOSIGNAL);
-        if (n < 0) die("send");
-        bytes += n;
-        size -= (size_t)n;
-    }
-}
+enum { MAX_SAMPLES = 1 << 23 };
 
 static int by_value(const void *a, const void *b) {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
@@ -62,20 +18,13 @@ static int by_value(const void *a, const void *b) {
 
 /* Receives once; returns the number of whole frames now in front, of which the last one's type goes to *type. */
 static int receive(struct connection *c, int *type) {
-    ssize_t n = recv(c->fd, c->buffer + c->filled, BUFFER - c->filled, 0);
-    if (n <= 0) die("recv");
-    c->filled += (size_t)n;
     int frames = 0;
-    for (;;) {
-        if (c->filled < HEADER) return frames;
-        uint32_t length;
-        memcpy(&length, c->buffer, 4);
-        if (c->filled < HEADER + (size_t)length) return frames;
+    fill(c);
+    for (size_t size; (size = whole_frame(c, 0)); frames++) {
         *type = c->buffer[4];
-        c->filled -= HEADER + length;
-        memmove(c->buffer, c->buffer + HEADER + length, c->filled);
-        frames++;
+        consume(c, size);
     }
+    return frames;
 }
 
 int main(int argc, char **argv) {
@@ -91,14 +40,7 @@ int main(int argc, char **argv) {
     uint32_t *samples = malloc(sizeof(uint32_t) * MAX_SAMPLES);
     int poll = epoll_create1(0), type = 0;
     for (int i = 0; i < count; i++) {
-        struct sockaddr_un address = {.sun_family = AF_UNIX};
-        strncpy(address.sun_path, argv[1], sizeof address.sun_path - 1);
-        all[i].fd = socket(AF_UNIX, SOCK_STREAM, 0);
-        all[i].buffer = malloc(BUFFER);
-        if (connect(all[i].fd, (struct sockaddr *)&address, sizeof address)) die("connect");
-        send_all(all[i].fd, hello, hello_size);
-        while (!receive(&all[i], &type)) {
-        }
+        greet(&all[i], argv[1], hello, hello_size);
         struct epoll_event event = {.events = EPOLLIN, .data.ptr = &all[i]};
         epoll_ctl(poll, EPOLL_CTL_ADD, all[i].fd, &event);
     }

@@ -87,3 +87,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 def median(values: Sequence[float]) -> float:
     """The middle one."""
     return statistics.median(values)
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The middle one of the rounds' ratios."""
+    return median([a / b for a, b in zip(ours, theirs, strict=True)])
