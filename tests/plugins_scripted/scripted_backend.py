@@ -11,8 +11,8 @@ An artifact of format ``"scripted"`` is a JSON object; every key may be left out
       "hold": PATH                           # runs of a second and more, once this file exists
     }
 
-Input ``x`` and output ``y`` are FP32 [-1, 8]. Both backends run on every device of the inventory. A model's sample is
-JSON lines with ``x`` as numbers.
+Input ``x`` and output ``y`` are FP32 [-1, 8]. Both backends run on every device of the inventory; sessions have as many
+streams as the option ``streams`` says. A model's sample is JSON lines with ``x`` as numbers.
 """
 
 import json
@@ -64,6 +64,7 @@ class _Session:
 
     def __init__(self, script, variant, factor):
         self._script, self._variant = script, variant
+        self.streams = int(variant.options.get("streams", "1"))
         self._seconds = script.get("us", {}).get(variant.precision, 400) * factor / 1e6
         self._error = script.get("error", {}).get(variant.precision, 0.0)
         if variant.precision in script.get("nan", ()):
