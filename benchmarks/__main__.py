@@ -12,15 +12,15 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from rich.console import Console  # noqa: E402 - the tests' support package is found through the line above
 
-from benchmarks import embedding, grpc_rate, latency, policy_cost, queueing, resources  # noqa: E402
+from benchmarks import ablation, embedding, grpc_rate, latency, policy_cost, queueing, resources  # noqa: E402
 from benchmarks.load import build, write_frames  # noqa: E402
 from benchmarks.models import write_large, write_picture  # noqa: E402
 from benchmarks.report import Line, machine, show  # noqa: E402
 from support.daemon import start_daemon  # noqa: E402
 from support.models import write_identity  # noqa: E402
 
-#: Numbers of the budgets, and what else has a line: fairness between clients, and what the policy costs.
-BUDGETS = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "fair", "policy")
+#: Numbers of the budgets, and what else has a line: fairness between clients, what the policy costs, and the ablation.
+BUDGETS = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "fair", "policy", "ablation")
 
 
 def _arguments() -> argparse.Namespace:
@@ -74,6 +74,9 @@ def _measure(only: list[str], scratch: Path, say: Console) -> list[Line]:
             say.print("idling with a tokenizer ...")
             daemon.http("POST", "/v2/repository/models/language-id/load")
             lines += resources.idle(daemon, "and a text model's tokenizer")
+    if "ablation" in only:
+        say.print("the batcher beside other rules, in virtual time ...")
+        lines += ablation.lines()
     if "policy" in only:
         say.print("the policy's own cost ...")
         lines += policy_cost.cost()

@@ -94,7 +94,7 @@ class Size:
 
 
 SHORT: Final = Size(30_000, 90_000, (30, 50, 70, 80, 90, 95), 10)
-FULL: Final = Size(200_000, 600_000, tuple(range(30, 100, 5)), 60)
+FULL: Final = Size(120_000, 360_000, tuple(range(30, 100, 5)), 60)
 
 
 @dataclass(frozen=True)

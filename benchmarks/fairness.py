@@ -6,7 +6,7 @@ from benchmarks.report import Line, median, percentile
 from benchmarks.scheduled import Client, Traffic
 from benchmarks.served import Served
 
-_SECONDS = 6.0
+_SECONDS = 12.0
 _FLOOD = 1000
 _EVERY_NS = 100_000_000
 #: The flood is under way by then.

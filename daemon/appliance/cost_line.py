@@ -23,16 +23,16 @@ _WINDOW: Final = 25
 _AT_FIRST: Final = 8
 _EVERY: Final = 5
 #: A batch size that so many of the line's batches did not have counts no more.
-_FADED: Final = 256
+_FADED: Final = 128
 #: The intercept's share of a batch of one row where nothing is known, and the spread.
 _SETUP_SHARE: Final = 0.2
 _SPREAD: Final = 0.1
 #: Batches that the line as it was counts for in a fit: where it was a guess, and where it was measured.
 _GUESSED: Final = 4.0
 _KNOWN: Final = 16.0
-#: A batch size that is faster than the line by more than this factor is taken to be so much faster, until the next fit:
-#: relative errors have no other bound on that side.
-_STRIDE: Final = 4.0
+#: A size that is faster than a line of many batches by more than this factor counts for less, with the factor's square:
+#: relative errors alone would let it have its way.
+_STRIDE: Final = 1.5
 #: Nanoseconds that scaling leads to at most and at least, however often it happens to what is not used.
 _LONGEST: Final = 1e15
 _SHORTEST: Final = 1e-3
@@ -82,15 +82,18 @@ class Size:
     def scale(self, factor: float, fresh: int) -> None:
         """Scale all but the newest `fresh`."""
         self.run = 0
-        self.take_median()
+        if not self.median_ns:
+            self.take_median()
         factor = _bound(self.median_ns * factor) / self.median_ns
+        self.median_ns *= factor
         unit_ns = self._unit_ns = self._unit_ns * factor
-        for place in range(-fresh, 0):
-            self._ns[place] /= factor
         if not _NEAR_ONE < unit_ns < 1.0 / _NEAR_ONE:
             self._ns = deque([ns * unit_ns for ns in self._ns], _WINDOW)
             self._unit_ns = 1.0
-        self.take_median()
+        if fresh:
+            for place in range(-min(fresh, len(self._ns)), 0):
+                self._ns[place] /= factor
+            self.take_median()
 
 
 class Line:
@@ -204,7 +207,7 @@ class Line:
     def fit(self) -> None:
         """Go by the batches it remembers, and by what it was."""
         slope, intercept = self.slope_ns, self.intercept_ns
-        fastest = 0.0 if self.samples <= _AT_FIRST else 1.0 / _STRIDE
+        stride = _STRIDE if self.samples > _WINDOW else _LONGEST
         points: list[tuple[float, float, float]] = []
         above = below = 0.0
         for size in self._sizes.values():
@@ -212,14 +215,14 @@ class Line:
                 size.take_median()
             weight = len(size) * (1.0 - (self.samples - size.last) / _FADED)
             if weight > 0.0:
-                rows = size.rows
-                predicted = slope * rows + intercept
-                ns = max(size.median_ns, predicted * fastest)
+                rows, ns = size.rows, size.median_ns
+                ratio = (slope * rows + intercept) / ns
+                if ratio > stride:
+                    weight /= ratio * ratio
                 points.append((rows, ns, weight))
-                ratio = predicted / ns
                 above += weight * ratio
                 below += weight * ratio * ratio
-        factor = above / below  # what of its past fits best
+        factor = above / below  # of its past, what fits best
         if len(points) == 1:
             self.slope_ns, self.intercept_ns = slope * factor, intercept * factor
         else:

@@ -22,6 +22,9 @@ _MAX_LOAD: Final = 0.94
 _FORESIGHT: Final = 3.0
 #: A remainder that is smaller than a quarter of the queue goes along: it would pay an intercept for itself.
 _REMAINDER: Final = 0.75
+#: The intercept is taken to be this part of the slope at least. Who believes that there is none runs one row at a time,
+#: whatever waits, and so would never see it again.
+_LEAST_SHARE: Final = 0.02
 #: Load is averaged over the time of so many batches of one row.
 _MEMORY: Final = 256.0
 
@@ -60,7 +63,8 @@ class Policy:
         if streams > 1:  # those that are idle share what waits, and what waits is served by all
             rows = -(-rows // flights.idle)
             most = rows if rows < max_rows else max_rows
-        gain = line.intercept_ns / (slope * streams) * (self._pressure + rows / _FORESIGHT)
+        share = max(line.intercept_ns / slope, _LEAST_SHARE)
+        gain = share / streams * (self._pressure + rows / _FORESIGHT)
         take = int(sqrt(2 * rows * gain) + 0.5)
         if take > _REMAINDER * rows or take > most:
             return most

@@ -235,3 +235,11 @@ def test_throughput_is_that_of_the_best_batch_size():
     found = measured(FAST, 100, 150, 400)
     assert (found.best_rows, found.latency_us) == (2, 100)
     assert found.rows_per_second == pytest.approx(2e6 / 150)
+
+
+def test_streams_of_a_model_of_microseconds_count_for_what_a_worker_can_answer():
+    """Two streams that could do 200,000 rows a second are no better than one that does 60,000."""
+    one, two = measured(REFERENCE, 20, 33), dataclasses.replace(measured(FAST, 20, 20), streams=2)
+    assert (one.rows_per_second, two.rows_per_second) == (pytest.approx(2e6 / 33), pytest.approx(4e6 / 20))
+    both, proof = (REFERENCE, FAST), [judged(FAST)]
+    assert decide((one, two), proof, "throughput", candidates=both).winner is REFERENCE

@@ -241,17 +241,18 @@ def test_the_spread_is_that_of_the_noise_and_heeds_no_stalls(noise):
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_one_stall_changes_predictions_by_a_few_percent_at_most(sizes):
-    """Reliability, number 84."""
+    """Reliability, number 84: beside a model that saw the same batches and no stall."""
     device = Device()
-    model = CostModel()
-    model.seed(device.measured())
-    line = run(model, device, 200, SIZES[sizes])
-    before = [line.ns(rows) for rows in (1, 4, 16)]
-    model.note(line, 8, 30_000 * MS)
-    for number in range(50):
-        assert [line.ns(rows) for rows in (1, 4, 16)] == pytest.approx(before, rel=0.06)
+    models = CostModel(), CostModel()
+    lines = [model.line(1) for model in models]
+    for number in range(300):
         rows = SIZES[sizes](device.rng, number)
-        model.note(line, rows, device.took_ns(rows))
+        took = device.took_ns(rows)
+        for model, line in zip(models, lines, strict=True):
+            model.note(line, rows, 30_000 * MS if number == 200 and model is models[0] else took)
+        if number >= 200:
+            stalled, plain = ([line.ns(rows) for rows in (1, 4, 16)] for line in lines)
+            assert stalled == pytest.approx(plain, rel=0.04)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -263,7 +264,7 @@ def test_stalls_in_a_tenth_of_all_batches_change_little(sizes, seed):
     run(model, device, 100, SIZES[sizes])
     seen = {"one row": [1], "eight rows": [8]}.get(sizes, [8, 16])
     errors = [error(run(model, device, 1, SIZES[sizes]), device, *seen) for _ in range(500)]
-    assert statistics.median(errors) < 0.03
+    assert statistics.median(errors) < 0.04
     assert max(errors) < 0.15
 
 
@@ -315,6 +316,26 @@ def test_a_change_of_shape_is_learned_once_several_sizes_are_seen(sizes, slope, 
     device.intercept_ns *= intercept
     line = run(model, device, 240, SIZES[sizes])
     assert error(line, device, 1, 4, 16) < 0.12
+
+
+def test_a_size_that_nobody_uses_any_more_does_not_hold_the_others_back():
+    device = Device()
+    model = CostModel()
+    model.seed(device.measured())
+    run(model, device, 50, SIZES["alternating"])
+    for step in range(2000):
+        device.pace = 1 + step / 2000
+        line = run(model, device, 1, lambda rng, number: 16)
+    assert error(line, device, 1, 4, 16) < 0.12
+
+
+def test_one_batch_that_is_impossibly_fast_changes_little():
+    device = Device()
+    model = CostModel()
+    model.seed(device.measured())
+    line = run(model, device, 200, SIZES["eight rows"])
+    model.note(line, 1, 1)
+    assert max(error(run(model, device, 1, SIZES["eight rows"]), device, 8) for _ in range(200)) < 0.1
 
 
 def test_what_is_no_line_is_met_in_between():

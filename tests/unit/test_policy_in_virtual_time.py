@@ -10,6 +10,7 @@ import random
 import pytest
 
 from appliance.clients import Client
+from appliance.cost_model import CostModel
 from appliance.manifest import BatchSection
 from support.rules import bentoml, triton
 from support.simulator import (
@@ -267,6 +268,20 @@ def test_goodput_holds_in_overload_and_what_is_accepted_is_in_time(share):
     assert outcome.peak_queued <= rate_of(share, 1.0) * patience / SECOND
     counts = outcome.counts()
     assert counts[Fate.DROPPED] + counts[Fate.EXPIRED] <= 0.01 * (len(outcome.fates) - counts[Fate.REFUSED])
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_who_believed_that_batches_gain_nothing_finds_out_in_overload(share):
+    """On a busy machine batches came when it was slow: it looks as if a row cost more in a batch than alone."""
+    model = CostModel()
+    line = model.line(1)
+    for number in range(400):
+        model.note(line, 1 + number % 2, S * (1 + number % 2 * 2))
+    assert line.setup_share == 0.0
+    rate = rate_of(share, 2.0)
+    arrivals = poisson(random.Random(10), rate, int(rate * 10), patience_ns=40 * S)
+    outcome = Simulation(make_service(share, noise=0.02), MAX_ROWS, cost_model=model).run(arrivals)
+    assert outcome.goodput(2 * SECOND, 9 * SECOND) >= 0.95 * make_service(share).capacity(MAX_ROWS)
 
 
 @pytest.mark.parametrize("share", SHARES)
