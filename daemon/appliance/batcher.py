@@ -57,7 +57,6 @@ class Batcher:
         self.flights = Flights(streams)
         self._max_rows = 1
         self._last_lesson_ns = -_LESSON_NS
-        self._max_rows = 1
         self._overrun = 1.0  # how much longer than few should the last batches took, until that is learned
         self._margin = 1.0  # on predictions; above 1 while they let calls in that were late after all
         self.cost_model = cost_model
@@ -245,11 +244,12 @@ class Batcher:
         queue = level.next()
         lane = queue.lane
         policy = self._policy
-        if policy.delay_ns:
-            due_ns = queue.head().admitted_ns + policy.delay_ns
-            if due_ns > now_ns and not policy.is_full(lane.rows, max_rows):
-                self.wake_ns = due_ns
+        if policy.delay_ns and not self._is_due(queue, max_rows, now_ns):
+            found = self._next_due(max_rows, now_ns)
+            if found is None:
                 return []
+            level, queue = found
+            lane = queue.lane
         limit = policy.rows_to_take(lane.rows, lane.line, max_rows, self.flights)
         if level.number > 1:
             limit = self._bound(level, lane, limit, max_rows, now_ns)
@@ -272,14 +272,36 @@ class Batcher:
                         return level
         return first
 
+    def _is_due(self, queue: Queue, max_rows: int, now_ns: int) -> bool:
+        """True where a batch that begins with `queue` is held back no longer; else the alarm is set for it."""
+        due_ns = queue.head().admitted_ns + self._policy.delay_ns
+        if due_ns <= now_ns or self._policy.is_full(queue.lane.rows, max_rows):
+            return True
+        if not self.wake_ns or due_ns < self.wake_ns:
+            self.wake_ns = due_ns
+        return False
+
+    def _next_due(self, max_rows: int, now_ns: int) -> tuple[Level, Queue] | None:
+        """Whose turn it is among the shapes that are held back no longer, where the first in turn is."""
+        for level in self.levels:
+            queues = [lane.next() for lane in level.lanes.values() if lane.active]
+            due = [queue for queue in queues if self._is_due(queue, max_rows, now_ns)]
+            if due:
+                self.wake_ns = 0
+                return level, min(due, key=_time)
+        return None
+
     def _bound(self, level: Level, lane: Lane, limit: int, max_rows: int, now_ns: int) -> int:
         """Rows of a batch of a level that others are more urgent than: they may come at any time and would wait for it.
 
-        So where they have come lately it is no larger than pays, and so in the background always.
+        So where they have come lately it is no larger than pays, and so in the background always. It has two rows at
+        least, or what batches of several cost would never be seen again where it once looked as if they did not pay.
         """
+        if self._policy.is_fixed:
+            return limit
         is_background = level.number > self._default.number
         if is_background or any(now_ns - each.served_ns < _LATELY_NS for each in self.levels[: level.number - 1]):
-            return min(limit, lane.line.efficient_rows(max_rows))
+            return min(limit, max(lane.line.efficient_rows(max_rows), 2))
         return limit
 
     def _age(self, served: Level, took_ns: float) -> None:
@@ -371,3 +393,7 @@ class Batcher:
 
 def _admitted(call: Call) -> int:
     return call.admitted_ns
+
+
+def _time(queue: Queue) -> float:
+    return queue.flow.time

@@ -179,6 +179,7 @@ class Dispatcher:
                 self.fail(late, DeadlineExceeded("cannot answer in time: the deadline would pass while the model runs"))
                 if self._steps is not None:
                     self._steps.skip(late)
+                self._note_progress()
                 if not calls:
                     continue
             if not calls:

@@ -404,8 +404,11 @@ class Engine:
         instance = call.plan.instance
         try:
             if not self.accepting:
-                raise ShuttingDown("cannot run the request: the daemon is stopping")
-            call.charge()
+                raise self._refused(name, ShuttingDown("cannot run the request: the daemon is stopping"))
+            try:
+                call.charge()
+            except ApplianceError as error:
+                raise self._refused(name, error) from None
             if instance.single_flight is not None:
                 self._submit_shared(name, call, instance.single_flight)
             elif call.plan.is_text:
@@ -416,11 +419,16 @@ class Engine:
             call.let_go()
             raise
 
+    def _refused(self, name: str, error: ApplianceError) -> ApplianceError:
+        """Count a request that does not get as far as its instance, which counts those it refuses itself."""
+        self.model(name).statistics.refuse(error.kind)
+        return error
+
     def _submit_shared(self, name: str, call: Call, single_flight: SingleFlight) -> None:
         """Queue a call of a model with a cache, unless an answer is known or on its way."""
         instance = call.plan.instance
         if not instance.accepts:
-            raise instance.refusal()
+            raise self._refused(name, instance.refusal())
         queued = single_flight.enter(call)
         is_own = queued is call
         if queued is not None:
@@ -448,8 +456,11 @@ class Engine:
         """
         instance = call.plan.instance
         if not instance.accepts:
-            raise instance.refusal()
-        instance.check_room(call.nbytes)
+            raise self._refused(name, instance.refusal())
+        try:
+            instance.check_room(call.nbytes)
+        except ApplianceError as error:
+            raise self._refused(name, error) from None
         # Taken now: a reload may bring another tokenizer while this one works.
         model = self.model(name)
         encoder = model.encoder

@@ -175,6 +175,16 @@ class Instance:
         return self._batcher.queued + (self._steps.waiting if self._steps is not None else 0)
 
     @property
+    def queued_by_priority(self) -> tuple[int, ...]:
+        """Calls in the queue, by level, the most urgent first."""
+        return tuple(level.calls for level in self._batcher.levels)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of tensors in the queue."""
+        return self._batcher.queued_bytes
+
+    @property
     def running(self) -> int:
         """Calls the worker has."""
         return self._dispatcher.running
@@ -315,8 +325,10 @@ class Instance:
             call.admitted_ns = time.monotonic_ns()
             if call.deadline_ns:
                 if call.deadline_ns <= call.admitted_ns:
-                    raise DeadlineExceeded("cannot run the request: its deadline has passed")
-                if not was_held:  # who held it watches its deadline
+                    if not was_held or self._batcher.level_of(call.priority).rejects_late:
+                        raise DeadlineExceeded("cannot run the request: its deadline has passed")
+                    call.deadline_ns = 0
+                elif not was_held:  # who held it watches its deadline
                     self._deadlines.add(call)
             if self._suspects:
                 self._suspects.judge(call, call.admitted_ns)
@@ -518,7 +530,7 @@ class Instance:
             for place in self.single_flight.forgive(call):
                 self._batcher.delay(place, time.monotonic_ns())
             return
-        if self._steps is not None and call.state is NEW and not self._batcher.level_of(call.priority).rejects_late:
-            call.deadline_ns = 0
+        if call.state is NEW and not self._batcher.level_of(call.priority).rejects_late:
+            call.deadline_ns = 0  # it waits for its turn in its sequence, or for its texts to be tokenised
             return
         self.cancel(call, DeadlineExceeded("cannot answer in time: the deadline has passed"))

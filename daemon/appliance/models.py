@@ -250,6 +250,8 @@ class Model:
             last_crash=instance.last_crash,
             load_ms=instance.load_ns / 1e6,
             queued=instance.queued,
+            queued_by_priority=instance.queued_by_priority,
+            queued_bytes=instance.queued_bytes,
             running=instance.running,
             streams=max(loaded.streams, 1),
             cache=instance.single_flight.status() if instance.single_flight is not None else None,

@@ -34,11 +34,13 @@ class Policy:
 
     Attributes:
         delay_ns: For how long an under-full batch is held back; 0, the default, is never.
+        is_fixed: True where the manifest says how large batches are, in Triton's words.
     """
 
     def __init__(self, section: BatchSection) -> None:
         self.delay_ns = section.max_queue_delay_us * 1000
         self._preferred = tuple(section.preferred_batch_sizes)
+        self.is_fixed = bool(self.delay_ns or self._preferred)
         self._fresh_ns = 0.0  # work that was sent and is not in the average yet
         self._work_ns = 0.0
         self._time_ns = 0.0
@@ -47,7 +49,7 @@ class Policy:
 
     def is_full(self, rows: int, max_rows: int) -> bool:
         """True where `rows` waiting rows are worth no more waiting."""
-        return rows >= (self._preferred[0] if self._preferred else max_rows)
+        return rows >= (min(self._preferred[0], max_rows) if self._preferred else max_rows)
 
     def rows_to_take(self, rows: int, line: Line, max_rows: int, flights: Flights) -> int:
         """Rows of the next batch, 1 to `max_rows`, where `rows` of its shape wait and `flights` are under way."""

@@ -11,6 +11,9 @@ from typing import Final
 
 #: How far ahead of its share a model may run, in ns of a model of weight 1: it need not wait for every single batch.
 _SLACK_NS: Final = 20_000_000
+#: How far behind that it may be, likewise: more than the longest of others' batches, which it is to make up for. One
+#: further behind has had little to do, and would keep others off the device for all that time once it has much.
+_MAX_LAG_NS: Final = 1_000_000_000
 
 
 class Share:
@@ -22,7 +25,18 @@ class Share:
         is_held: True from then on until it is called.
     """
 
-    __slots__ = ("_began_ns", "_device", "_ended_ns", "_running", "_used_ns", "is_held", "resume", "weight")
+    __slots__ = (
+        "_began_ns",
+        "_device",
+        "_ended_ns",
+        "_running",
+        "_timer",
+        "_used_ns",
+        "_was_refused",
+        "is_held",
+        "resume",
+        "weight",
+    )
 
     def __init__(self, device: "_Device", weight: float, resume: Callable[[], None]) -> None:
         self._device = device
@@ -32,6 +46,8 @@ class Share:
         self._began_ns = 0
         self._ended_ns = -_SLACK_NS
         self._running = 0
+        self._was_refused = False  # since it ran last
+        self._timer: asyncio.TimerHandle | None = None
         self.is_held = False
 
     def used_ns(self, now_ns: int) -> float:
@@ -44,25 +60,32 @@ class Share:
         if not running or (len(running) == 1 and self._running):
             return True
         limit_ns = self.used_ns(now_ns) - _SLACK_NS
-        lags = [
-            (limit_ns - used_ns) * other.weight
-            for other in running
-            if other is not self and (used_ns := other.used_ns(now_ns)) < limit_ns
-        ]
-        if lags and not self.is_held:
+        wait_ns = max([other.catch_up(limit_ns, now_ns) for other in running if other is not self])
+        if wait_ns <= 0:
+            return True
+        self._was_refused = True
+        if not self.is_held:
             self.is_held = True
-            self._device.wake_after(self, max(lags))
-        return not lags
+            self._timer = self._device.wake_after(self, wait_ns)
+        return False
+
+    def catch_up(self, limit_ns: float, now_ns: int) -> float:
+        """How long it must run yet to have had as much as `limit_ns`; below 0 where it has had more."""
+        lag_ns = limit_ns - self.used_ns(now_ns)
+        if lag_ns > _MAX_LAG_NS:
+            self._used_ns += lag_ns - _MAX_LAG_NS
+            lag_ns = _MAX_LAG_NS
+        return lag_ns * self.weight
 
     def begin(self, now_ns: int) -> None:
         """A batch starts."""
         self._running += 1
         if self._running == 1:
-            running = self._device.running
-            if running and now_ns - self._ended_ns > _SLACK_NS:  # nobody saves up while idle
-                self._used_ns = max(self._used_ns, min(other.used_ns(now_ns) for other in running))
+            if now_ns - self._ended_ns > _SLACK_NS and not self._was_refused:  # nobody saves up while idle
+                self._used_ns = max(self._used_ns, self._device.time_ns(now_ns))
+            self._was_refused = False
             self._began_ns = now_ns
-            running.append(self)
+            self._device.running.append(self)
 
     def end(self, now_ns: int) -> None:
         """A batch has ended."""
@@ -70,6 +93,7 @@ class Share:
             return
         self._used_ns = self.used_ns(now_ns)
         self._began_ns = self._ended_ns = now_ns
+        self._device.last_ns = max(self._device.last_ns, self._used_ns)
         self._running -= 1
         if not self._running:
             self._device.running.remove(self)
@@ -85,16 +109,29 @@ class Share:
         """Try again, where it was held."""
         if self.is_held:
             self.is_held = False
+            if self._timer is not None:
+                self._timer.cancel()
             self.resume()
 
 
 class _Device:
-    """One device: the shares of it, and those of them that have a batch on it."""
+    """One device.
+
+    Attributes:
+        shares: Of all models on it.
+        running: Those that have a batch on it.
+        last_ns: The most that any of them has had of it, by weight.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.shares: list[Share] = []
         self.running: list[Share] = []
+        self.last_ns = 0.0
+
+    def time_ns(self, now_ns: int) -> float:
+        """What a model that comes now counts as having had: as much as those that are running, or ran last."""
+        return min([share.used_ns(now_ns) for share in self.running], default=self.last_ns)
 
     def wake(self) -> None:
         """Let those that were held try again."""
@@ -102,9 +139,9 @@ class _Device:
             if share.is_held:
                 self._loop.call_soon(share.wake)
 
-    def wake_after(self, share: Share, delay_ns: float) -> None:
+    def wake_after(self, share: Share, delay_ns: float) -> asyncio.TimerHandle:
         """Let `share` try again when the others will have caught up, if they go on running."""
-        self._loop.call_later(delay_ns / 1e9, share.wake)
+        return self._loop.call_later(delay_ns / 1e9, share.wake)
 
 
 class Shares:

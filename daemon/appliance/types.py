@@ -259,6 +259,9 @@ class ModelStatus:
         last_crash: How its worker ended when it crashed last; empty while it never has.
         load_ms: How long the last load took, warm-up included.
         queued: Requests waiting now.
+        queued_by_priority: Those in the queue, by level, the most urgent first; steps of sequences whose turn has not
+            come are not among them.
+        queued_bytes: Bytes of their tensors.
         running: Requests in a worker now.
         streams: Batches that its session runs at the same time; 0 before the first load.
         cache: Its response cache; None for a model without one, or that is not loaded.
@@ -286,6 +289,8 @@ class ModelStatus:
     last_crash: str = ""
     load_ms: float = 0.0
     queued: int = 0
+    queued_by_priority: tuple[int, ...] = ()
+    queued_bytes: int = 0
     running: int = 0
     streams: int = 0
     cache: CacheStatus | None = None

@@ -10,7 +10,7 @@ reach the front or outnumber the rest.
 """
 
 from collections import deque
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Final
 
 from appliance.call import QUEUED, Call
@@ -125,23 +125,20 @@ class Flow:
 
     Attributes:
         client: Whose.
+        cost: What its calls that wait will cost, in rows times elements of a row's variable dimensions.
         time: Virtual time: what its calls have cost so far, divided by its weight.
         queues: Those that hold a call.
         is_listed: True while the level's heap holds it.
     """
 
-    __slots__ = ("client", "is_listed", "queues", "time")
+    __slots__ = ("client", "cost", "is_listed", "queues", "time")
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.cost = 0
         self.time = 0.0
         self.queues: list[Queue] = []
         self.is_listed = False
-
-    @property
-    def cost(self) -> float:
-        """About what its calls that wait will cost: those of a queue count for as much as its first."""
-        return sum(queue.live * queue.head().plan.cost for queue in self.queues)
 
     def first(self) -> Queue:
         """The queue with the most urgent call; there must be one."""
@@ -195,6 +192,12 @@ class Lane:
             else:
                 return queue
 
+    def forget(self) -> None:
+        """Drop queues that hold no call."""
+        self.queues = {client: queue for client, queue in self.queues.items() if queue.live}
+        self._heap = [entry for entry in self._heap if entry[2].live]
+        heapify(self._heap)
+
 
 class Level:
     """Calls of one priority.
@@ -247,8 +250,7 @@ class Level:
 
     def _new_queue(self, lane: Lane, client: Client) -> Queue:
         if self._queues >= self._max_queues:
-            self._forget()
-            lane = self.lanes.setdefault(lane.signature, lane)
+            self._forget(lane)
         flow = self._flows.get(client)
         if flow is None:
             flow = self._flows[client] = Flow(client)
@@ -256,12 +258,17 @@ class Level:
         self._queues += 1
         return queue
 
-    def _forget(self) -> None:
-        """Drop what nothing waits in; the bounds double with what is left, so that it is not searched all the time."""
-        self.lanes = {signature: lane for signature, lane in self.lanes.items() if lane.active}
+    def _forget(self, wanted: Lane | None = None) -> None:
+        """Drop what nothing waits in; the bounds double with what is left, so that it is not searched all the time.
+
+        The lane `wanted` stays, empty or not.
+        """
+        self.lanes = {signature: lane for signature, lane in self.lanes.items() if lane.active or lane is wanted}
         for lane in self.lanes.values():
-            lane.queues = {client: queue for client, queue in lane.queues.items() if queue.live}
+            lane.forget()
         self._flows = {client: flow for client, flow in self._flows.items() if flow.queues}
+        self._heap = [entry for entry in self._heap if entry[2].queues]
+        heapify(self._heap)
         self._queues = sum(len(lane.queues) for lane in self.lanes.values())
         self._max_lanes = max(_MAX_KEPT, 2 * len(self.lanes))
         self._max_queues = max(_MAX_KEPT, 2 * self._queues)
@@ -273,6 +280,7 @@ class Level:
             self._wake(queue)
         queue.live += 1
         queue.lane.rows += plan.rows
+        queue.flow.cost += plan.cost
         self.calls += 1
         self.cost += plan.cost
 
@@ -296,6 +304,7 @@ class Level:
         """So many calls, which have so many rows and cost so much, stand in `queue` no more."""
         queue.live -= calls
         queue.lane.rows -= rows
+        queue.flow.cost -= cost
         self.calls -= calls
         self.cost -= cost
         if not queue.live:

@@ -82,7 +82,7 @@ def infer(
 
 
 def _number_or_word(text: str) -> int | str:
-    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else text
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) <= _MAX_DIGITS else text
 
 
 def _values(answer: "Answer", name: str) -> Any:

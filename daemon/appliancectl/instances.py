@@ -51,6 +51,8 @@ def _print(answer: dict[str, Any]) -> None:
         click.echo(f"{answer['model']} version {answer['version']} is {answer['state']}")
         return
     click.echo(f"{answer['model']} on {answer['device']} runs {_words(answer)}, {_WHY[answer['chosen_by']]}")
+    if answer["streams"] * answer["threads"] > answer["cores"] > 0:
+        click.echo(f"that is more than the {answer['cores']} cores there are: batches get in each other's way")
     said = [f"{key} = {value}" for key, value in answer["manifest"].items() if value is not None]
     if said:
         click.echo(f"its manifest says {', '.join(said)}")

@@ -43,6 +43,8 @@ def print_models(models: Sequence[dict[str, Any]]) -> None:
 def print_model(model: dict[str, Any]) -> None:
     """Everything about one model."""
     batch = f"up to {model['max_batch_size']} rows" if model["max_batch_size"] else "none"
+    if model["streams"] > 1:
+        batch = f"{batch}, {model['streams']} at a time"
     pairs = [
         ("model", model["name"]),
         ("version", model["version"] or "-"),

@@ -101,6 +101,7 @@ def test_priorities_and_sequences(appliancectl):
     for options, says in (
         (("--priority", "urgent"), "none of interactive"),
         (("--priority", "9" * 5000), "none of interactive"),
+        (("--priority=-1",), "must not be negative"),
         (("--sequence", "7", "--start"), "not stateful"),
         (("--sequence", "a word", "--end"), "not stateful"),
         (("--start",), "sequence_id must name it"),

@@ -99,6 +99,19 @@ def test_the_most_urgent_level_goes_first_by_number_and_by_word(served, words):
     assert all(sorted(of_a_level) == of_a_level for of_a_level in places)
 
 
+def test_metrics_say_what_waits_at_each_level(served):
+    with Native(served.running.infer_socket) as client:
+        served.fill(client, "three")
+        for number, priority in enumerate(("interactive", "background", "background"), 10):
+            client.send(infer_frame(number, head("three", priority=priority), row(number)))
+        served.holds("three", 5)
+        lines = served.running.http("GET", "/metrics")[2].decode().splitlines()
+        served.gate.open()
+        assert {client.read().id for _ in range(5)} == {1, 2, 10, 11, 12}
+    metric = 'appliance_requests_queued_by_priority{model="three",version="1",priority="%d"} %d'
+    assert all(metric % of_level in lines for of_level in ((1, 1), (3, 2)))
+
+
 def test_numbers_beyond_the_levels_and_zero_mean_the_default(served):
     asked = [{"priority": 2}, {"priority": 4}, {"priority": 0}, {"priority": 2**64 - 1}, {}]
     assert answered_in_order(served, "three", *asked) == [0, 1, 2, 3, 4]
@@ -186,6 +199,8 @@ def test_a_clients_connections_share_its_bound_and_others_have_their_own(served)
         served.holds("three", 17)
         kind, message = other.infer(30, head("five"), row(0)).error  # whatever the model
         assert (kind, "limit of a client is 17" in message) == ("overloaded", True)
+        refused = 'appliance_requests_refused_total{model="five",version="1",kind="overloaded"} '
+        assert refused in served.running.http("GET", "/metrics")[2].decode()
         # another process is another client
         program = (
             "import sys, numpy; from appliance_client import Client\n"

@@ -110,8 +110,8 @@ def bentoml(arrivals: Sequence[Arrival], service: Service, max_rows: int, max_la
     It looks each millisecond. With n requests, the youngest of which has waited w, it waits on while
     ``n * (w + tick + a) <= 0.95 * (average wait of the oldest)``, with a from a least-squares line through the last 50
     batches, fitted each 5 s; the oldest is cancelled where its age and the predicted time for all n exceed
-    `max_latency_ns`. Source: bentoml/_internal/marshal/dispatcher.py of BentoML 1.4, `CorkDispatcher`, after its
-    training phase.
+    `max_latency_ns`. Source: `CorkDispatcher` in bentoml/_internal/marshal/dispatcher.py, in the version that runs the
+    oldest first, after its training phase.
     """
     queue = _Queue(arrivals, service)
     fit = _Fit(max_latency_ns)

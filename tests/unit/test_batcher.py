@@ -225,6 +225,21 @@ def test_clients_that_are_gone_are_forgotten():
     assert sum(len(lane.queues) for lane in level.lanes.values()) <= 2048
 
 
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_clients_that_send_one_request_each_leave_nothing_behind(is_busy):
+    """Of one shape, as connections that come and go do; alone or beside a client that always waits."""
+    batcher = make_batcher()
+    for number in range(10_000):
+        if is_busy and batcher.queued < 10:
+            admit(batcher, *(make_call(client=CORA) for _ in range(100)))
+        (call,) = admit(batcher, make_call(client=Client((number,), str(number))))
+        while call.state is QUEUED:
+            collect(batcher, rows=1)
+    level = batcher.levels[1]
+    (lane,) = level.lanes.values()
+    assert max(len(kept) for kept in (lane.queues, lane._heap, level._flows, level._heap)) <= 2048
+
+
 # ---------------------------------------------------------------- levels of priority
 
 
@@ -298,6 +313,41 @@ def test_preferred_sizes_and_a_delay_are_tritons():
     assert collect(batcher, rows=16, now=3 * MS) == []
     admit(batcher, *(make_call() for _ in range(5)), now=3 * MS)
     assert len(collect(batcher, rows=16, now=3 * MS)) == 8
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [({}, {"signature": "other"}), ({"client": BERT}, {"signature": "other"}), ({"priority": 1}, {"priority": 3})],
+)
+def test_a_batch_that_is_held_back_holds_up_no_other_that_is_full(first, then):
+    batcher = make_batcher(max_queue_delay_us=2000)
+    (held,) = admit(batcher, make_call(**first), now=0)
+    full = admit(batcher, *(make_call(**then) for _ in range(8)), now=1 * MS)
+    assert collect(batcher, now=1 * MS) == list(full)
+    assert collect(batcher, now=1 * MS) == []
+    assert batcher.wake_ns == 2 * MS
+    (other,) = admit(batcher, make_call("third", client=CORA), now=int(1.5 * MS))
+    assert collect(batcher, now=2 * MS) == [held]
+    assert collect(batcher, now=3 * MS) == []
+    assert batcher.wake_ns == 3.5 * MS
+    assert collect(batcher, now=4 * MS) == [other]
+    assert counts(batcher) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("priority", [0, 1, 3])
+def test_a_preferred_size_is_what_it_is_in_every_level(priority):
+    batcher = make_batcher(cost=known_cost(1.0, 0.0), preferred_batch_sizes=[4])
+    (urgent,) = admit(batcher, make_call(priority=1))
+    assert collect(batcher) == [urgent]
+    calls = admit(batcher, *(make_call(priority=priority) for _ in range(8)), now=1 * MS)
+    assert collect(batcher, now=1 * MS) == list(calls[:4])
+
+
+def test_a_preferred_size_that_no_batch_can_have_holds_no_full_one_back():
+    """The session takes fewer rows, or memory ran out."""
+    batcher = make_batcher(preferred_batch_sizes=[16], max_queue_delay_us=2000)
+    calls = admit(batcher, *(make_call() for _ in range(8)))
+    assert collect(batcher, rows=8, now=1 * MS) == list(calls)
 
 
 def test_the_worker_gets_its_next_batch_just_before_it_ends_the_last():
@@ -558,6 +608,12 @@ def test_random_arrivals_withdrawals_and_batches_keep_the_books(seed):
             sum(call.nbytes for call in waiting),
         )
         assert sum(level.calls for level in batcher.levels) == len(waiting)
+        for level in batcher.levels:
+            mine = [call for call in waiting if call.level is level]
+            assert level.cost == sum(call.plan.cost for call in mine)
+            assert level.weight == len({call.client for call in mine})
+            for client, flow in level._flows.items():
+                assert flow.cost == sum(call.plan.cost for call in mine if call.client is client)
         assert sum(level.cost for level in batcher.levels) == sum(call.plan.cost for call in waiting)
     assert len(set(map(id, ended))) == len(ended)
     assert set(map(id, batcher.drain())) == set(map(id, waiting))

@@ -14,8 +14,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+from appliance import dispatcher, slab
 from appliance import instance as instance_module
-from appliance import slab
 from appliance.errors import (
     ArtifactCorrupt,
     BackendError,
@@ -813,6 +813,57 @@ def test_draining_gives_up_after_its_grace_and_closing_fails_the_rest(caplog):
 
     with caplog.at_level(logging.CRITICAL, "appliance"):
         run(scenario)
+
+
+def test_draining_ends_with_a_call_that_is_dropped_since_it_would_be_late(monkeypatch):
+    clock = SimpleNamespace(now=1_000_000_000)
+    frozen = SimpleNamespace(monotonic_ns=lambda: clock.now, time_ns=lambda: 0)
+    monkeypatch.setattr(dispatcher, "time", frozen)
+    monkeypatch.setattr(instance_module, "time", frozen)
+
+    async def scenario():
+        instance, crew = await started(batch={"preferred_batch_sizes": [], "max_queue_delay_us": 20_000})
+        monkeypatch.setattr(instance._deadlines, "add", lambda call: None)  # its timers are of real time
+        ledger = Ledger()
+
+        for number in range(6):
+            instance.submit(make_call(instance, ledger, number))
+            await turns()
+            clock.now += 20_000_000
+            instance._dispatcher.pump()  # as the alarm has it
+            clock.now += 10_000_000
+            crew.worker.answer()
+        late = make_call(instance, ledger, 6)
+        late.deadline_ns = clock.now + 25_000_000
+        instance.submit(late)
+        draining = asyncio.ensure_future(instance.drain(3600))
+        await turns()
+        clock.now += 20_000_000
+        instance._dispatcher.pump()
+        assert type(ledger.errors[6]) is DeadlineExceeded
+        async with asyncio.timeout(30):
+            await draining
+        await instance.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_noticed", [False, True])
+def test_a_deadline_that_passes_while_texts_are_tokenised_does_not_bind_where_none_does(is_noticed):
+    async def scenario():
+        instance, crew = await started(batch={"timeout_action": "delay"})
+        ledger = Ledger()
+        call = make_call(instance, ledger, 1)
+        call.deadline_ns = 1
+        if is_noticed:
+            instance.expire(call)
+        instance.submit(call, was_held=True)
+        await turns()
+        crew.worker.answer()
+        assert set(ledger.answers) == {1}
+        await instance.close()
+
+    run(scenario)
 
 
 def test_a_worker_that_dies_while_its_instance_drains_is_replaced_for_what_waits():

@@ -59,6 +59,24 @@ def test_time_on_the_device_follows_weights_whatever_batches_cost(weight, batche
     run(scenario)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_a_hot_model_never_holds_back_one_that_needs_less_than_its_share(weight):
+    """Reliability 86: a batch of 5 ms each 100 ms begins when it comes, beside a model that never pauses."""
+
+    def scenario(shares):
+        hot, cold = Model(shares, "cpu", 1.0, 5), shares.enter("cpu", weight, lambda: None)
+        for millisecond in range(5000):
+            hot.step(millisecond * MS)
+            if millisecond % 100 == 50:
+                assert cold.may_run(millisecond * MS)
+                cold.begin(millisecond * MS)
+            elif millisecond % 100 == 55:
+                cold.end(millisecond * MS)
+        assert hot.had_ns >= 4500 * MS, "nor does it lose more than that"
+
+    run(scenario)
+
+
 def test_a_model_alone_is_never_held_back_and_devices_are_apart():
     def scenario(shares):
         alone, elsewhere = Model(shares, "cpu", 0.01, 5), Model(shares, "nvidia0", 100.0, 5)
@@ -77,6 +95,41 @@ def test_who_was_idle_has_saved_nothing_up():
             busy.step(millisecond * MS)
             late.step(millisecond * MS)
         assert busy.had_ns - before == pytest.approx(late.had_ns, rel=0.1)
+
+    run(scenario)
+
+
+def test_who_ran_alone_is_not_behind_all_others_afterwards():
+    """Whoever begins on a device that idles starts level with whoever had it last."""
+
+    def scenario(shares):
+        first, second = Model(shares, "cpu", 1.0, 5), Model(shares, "cpu", 1.0, 5)
+        play([first], 60_000)
+        first.share.end(60_000 * MS)
+        first.ends_ns, before = 0, first.had_ns
+        for millisecond in range(60_100, 62_000):
+            second.step(millisecond * MS)
+            if millisecond >= 60_200:
+                first.step(millisecond * MS)
+        assert first.had_ns - before > 1700 * MS
+
+    run(scenario)
+
+
+def test_a_model_that_had_little_to_do_for_long_may_not_keep_the_device_for_as_long():
+    def scenario(shares):
+        busy, light = Model(shares, "cpu", 1.0, 5), Model(shares, "cpu", 1.0, 1)
+        for millisecond in range(20_000):
+            busy.step(millisecond * MS)
+            if millisecond % 15 == 0:
+                light.share.begin(millisecond * MS)
+            elif millisecond % 15 == 1:
+                light.share.end(millisecond * MS)
+        before = busy.had_ns
+        for millisecond in range(20_000, 23_000):
+            light.step(millisecond * MS)
+            busy.step(millisecond * MS)
+        assert busy.had_ns - before > 1500 * MS, "it waits for a second, not for twenty"
 
     run(scenario)
 

@@ -41,6 +41,11 @@ def _batches(_: ModelStatus, statistics: ModelStatistics) -> Iterator[Sample]:
         yield {"rows": str(rows)}, statistics.batches[rows].compute_infer.count
 
 
+def _queued(status: ModelStatus, _: ModelStatistics) -> Iterator[Sample]:
+    for level, count in enumerate(status.queued_by_priority, 1):
+        yield {"priority": str(level)}, count
+
+
 def _cost(value: Callable[[CostStatus], float]) -> Callable[[ModelStatus, ModelStatistics], Iterable[Sample]]:
     return lambda status, _: (({"units": str(cost.units)}, value(cost)) for cost in status.costs)
 
@@ -58,6 +63,8 @@ MODEL_METRICS: Final = (
     ),
     ModelMetric("placement_info", "gauge", "What serves and where it really runs, in labels; always 1", _placement),
     ModelMetric("requests_queued", "gauge", "Requests waiting", _one(lambda s, _: s.queued)),
+    ModelMetric("requests_queued_by_priority", "gauge", "Requests in the queue, by level of priority", _queued),
+    ModelMetric("queued_bytes", "gauge", "Bytes of tensors in the queue", _one(lambda s, _: s.queued_bytes)),
     ModelMetric("requests_running", "gauge", "Requests in a worker", _one(lambda s, _: s.running)),
     ModelMetric("worker_resident_bytes", "gauge", "Worker's memory after loading", _one(lambda s, _: s.resident_bytes)),
     ModelMetric(

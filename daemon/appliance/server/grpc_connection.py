@@ -23,7 +23,7 @@ from appliance.server.h2.connection import Connection
 from appliance.server.h2.fields import Fields
 from appliance.server.h2.inflow import Inflow
 from appliance.server.h2.stream import Stream
-from appliance.server.native_head import encode_answer_head
+from appliance.server.native_head import MAX_ANSWER_HEADS, encode_answer_head
 from appliance.server.oip import dispatch_unary
 from appliance.server.oip_wire import varint
 from appliance.server.status import GRPC_STATUS, GrpcStatus
@@ -195,6 +195,8 @@ class GrpcConnection:
         plan = call.plan
         head = plan.heads.get(table.signature)
         if head is None:
+            if len(plan.heads) >= MAX_ANSWER_HEADS:
+                plan.heads.clear()
             head = plan.heads[table.signature] = encode_answer_head(plan, table)
         message: list[Buffer] = [head, stream.work, self._timings.encode(timings, call.tokenise_ns, call.queue_ns)]
         for index in plan.outputs:

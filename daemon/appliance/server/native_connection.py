@@ -42,8 +42,6 @@ _MAX_DESCRIPTORS: Final = 1
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 #: Heads kept per connection; all are dropped when there are more.
 _MAX_HEADS: Final = 64
-#: Output tables whose encoded heads a plan keeps; shapes that follow content would pile up without end.
-_MAX_ANSWER_HEADS: Final = 64
 #: Unsent bytes above which nothing more is read from the client.
 _PAUSE_BYTES: Final = 1 << 20
 #: Answers gathered into one write up to this size are joined; larger ones are written as they lie.
@@ -386,7 +384,7 @@ class NativeConnection:
         plan = call.plan
         head = plan.heads.get(table.signature)
         if head is None:
-            if len(plan.heads) >= _MAX_ANSWER_HEADS:
+            if len(plan.heads) >= native_head.MAX_ANSWER_HEADS:
                 plan.heads.clear()
             head = plan.heads[table.signature] = native_head.encode_answer_head(plan, table)
         rows = plan.rows

@@ -22,6 +22,8 @@ _REGION_PARAMETERS = frozenset((_REGION, _OFFSET, _SIZE))
 
 #: Bytes of a BYTES tensor in a region, which is copied before it is checked.
 _MAX_COPIED_BYTES: Final = 1 << 26
+#: Output tables whose encoded heads a plan keeps; shapes that follow content would pile up without end.
+MAX_ANSWER_HEADS: Final = 64
 
 #: Datatypes the worker may read where a client can change them meanwhile; integers may be indices.
 _IN_PLACE: Final = frozenset(("FP16", "BF16", "FP32", "FP64", "UINT8", "INT8"))

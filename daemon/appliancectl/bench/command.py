@@ -60,7 +60,7 @@ def _level(_context: click.Context, _option: click.Parameter, value: str) -> int
     if value in _LEVELS:
         return value
     if not value.isdecimal() or len(value) > _MAX_DIGITS:
-        raise click.BadParameter(f"{value!r} must be a number from 0 or one of {', '.join(_LEVELS)}")
+        raise click.BadParameter(f"{value!r} must be a number from 1 or one of {', '.join(_LEVELS)}")
     return int(value)
 
 

@@ -26,6 +26,7 @@ MODEL = {
     "provider": "CPUExecutionProvider",
     "runtime": "onnxruntime 1.0",
     "max_batch_size": 8,
+    "streams": 2,
     "pid": 7,
     "resident_bytes": 62_200_000,
     "restarts": 0,

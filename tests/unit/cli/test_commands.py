@@ -46,6 +46,7 @@ def test_one_model_in_full(run, socket_dir):
     shown = run("models", "echo", "--socket-dir", socket_dir)
     assert "CPUExecutionProvider" in shown.out
     assert "3 waiting, 1 running" in shown.out
+    assert "up to 8 rows, 2 at a time" in shown.out
 
 
 def test_load_and_unload_say_what_came_of_it(run, socket_dir):

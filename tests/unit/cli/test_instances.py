@@ -46,6 +46,14 @@ def test_without_options_the_present_plan_is_shown_beside_the_others(ctl):
     ]
 
 
+def test_more_threads_than_cores_are_pointed_out(ctl, answers):
+    answers[("GET", PATH)] = (200, TWO | {"streams": 3, "threads": 9})
+    shown = ctl()
+    assert "that is more than the 2 cores there are" in shown.out
+    answers[("GET", PATH)] = (200, TWO)
+    assert "more than" not in ctl().out
+
+
 @pytest.mark.parametrize(
     ("options", "body"),
     [

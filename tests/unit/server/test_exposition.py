@@ -19,7 +19,16 @@ def text(name="m"):
     statistics.cache_miss.add(1000, 2)
     statistics.cache_joined = 1
     costs = (CostStatus(16, 400.0, 100.0, 0.05, 0.2, 5, 77, 1.25), CostStatus(32, 800.0, 100.0, 0.05, 0.1, 3, 9, None))
-    status = ModelStatus(name, "1", ModelState.READY, queued=2, cache=CacheStatus(3, 4000, 0.5), costs=costs)
+    status = ModelStatus(
+        name,
+        "1",
+        ModelState.READY,
+        queued=2,
+        queued_by_priority=(0, 2),
+        queued_bytes=64,
+        cache=CacheStatus(3, 4000, 0.5),
+        costs=costs,
+    )
     return expose([(status, statistics)], True, 1234)
 
 
@@ -35,6 +44,8 @@ def test_values_are_in_base_units():
     assert 'appliance_requests_refused_total{model="m",version="1",kind="overloaded"} 1' in lines
     assert 'appliance_batches_by_rows_total{model="m",version="1",rows="4"} 1' in lines
     assert 'appliance_requests_queued{model="m",version="1"} 2' in lines
+    assert 'appliance_requests_queued_by_priority{model="m",version="1",priority="2"} 2' in lines
+    assert 'appliance_queued_bytes{model="m",version="1"} 64' in lines
     assert "appliance_resident_bytes 1234" in lines
     assert 'appliance_cache_hits_total{model="m",version="1"} 6' in lines
     assert 'appliance_cache_misses_total{model="m",version="1"} 2' in lines

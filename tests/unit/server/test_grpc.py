@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import socket
@@ -13,6 +14,7 @@ import grpc
 import pytest
 import uvloop
 
+from appliance.call import OutputTable
 from appliance.clients import NOBODY
 from appliance.config import Config
 from appliance.errors import KINDS, Overloaded
@@ -28,6 +30,7 @@ from appliance.wire import open_inference_pb2 as pb
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from support import echo_engine
 from support.echo_engine import SECRET, EchoEngine
 
 OIP = "/inference.GRPCInferenceService/"
@@ -113,6 +116,26 @@ def test_an_inference_comes_back_with_its_id_and_raw_outputs(tmp_path, size):
                 assert list(answer.raw_output_contents) == [content]
                 assert answer.outputs[0].name == "out_x"
                 await channel.close()
+
+    within(run())
+
+
+def test_answers_whose_shapes_follow_content_do_not_pile_up_their_heads(tmp_path, monkeypatch):
+    class Shifting(EchoEngine):
+        def submit(self, name, call):
+            self.heads = call.plan.heads
+            self.heads["names"] = ["out_x"]
+            super().submit(name, call)
+
+    tables = itertools.count()
+    monkeypatch.setattr(echo_engine, "OutputTable", lambda _, *rest: OutputTable((next(tables),), *rest))
+
+    async def run():
+        async with serving(tmp_path, Shifting()) as service:
+            for _ in range(200):
+                await service.infer(request())
+            assert service.engine.plans == 1
+            assert len(service.engine.heads) <= 65
 
     within(run())
 
