@@ -22,6 +22,8 @@ from appliance.cost_model import CostModel
 _MAX_KEPT: Final = 1024
 #: Withdrawn calls that may stand in a queue beside those that wait.
 _MAX_STALE: Final = 64
+#: Virtual times go back to zero before the cheapest call of the weightiest client would be lost in their rounding.
+_MAX_TIME: Final = 1e12
 
 
 class Queue:
@@ -192,6 +194,11 @@ class Lane:
             else:
                 return queue
 
+    def relist(self) -> None:
+        """Look up all times anew."""
+        self._heap = [(queue.flow.time, turn, queue) for _, turn, queue in self._heap]
+        heapify(self._heap)
+
     def forget(self) -> None:
         """Drop queues that hold no call."""
         self.queues = {client: queue for client, queue in self.queues.items() if queue.live}
@@ -320,6 +327,19 @@ class Level:
         share = cost / flow.client.weight
         self._time = flow.time + share - share / calls
         flow.time += share
+        if self._time > _MAX_TIME:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """Count virtual times from now on."""
+        now, self._time = self._time, 0.0
+        self._forget()
+        for flow in self._flows.values():
+            flow.time -= now
+        self._heap = [(flow.time, turn, flow) for _, turn, flow in self._heap]
+        heapify(self._heap)
+        for lane in self.lanes.values():
+            lane.relist()
 
     def next(self) -> Queue:
         """The queue whose first call is next in turn; there must be one."""

@@ -202,6 +202,18 @@ def test_who_pauses_saves_nothing_up():
     assert taken.count(BERT) == pytest.approx(40, abs=2), "half, not all of it until it has caught up"
 
 
+def test_shares_hold_however_much_was_served_before():
+    """Virtual times that grew for ever would be too coarse for small calls at last."""
+    batcher = make_batcher()
+    heavy = Client(("heavy",), "heavy", weight=0.001)
+    for _ in range(40):
+        admit(batcher, make_call("large", client=heavy, units=1 << 40))
+        collect(batcher)
+    admit(batcher, *(make_call(client=client) for client in (ANNA, BERT) for _ in range(50)))
+    taken = [call.client for _ in range(50) for call in collect(batcher, rows=1)]
+    assert taken.count(ANNA) == 25
+
+
 def test_ten_thousand_clients_are_each_served_in_turn():
     batcher = make_batcher(size=100_000)
     clients = [Client((number,), str(number)) for number in range(10_000)]
